@@ -1,0 +1,46 @@
+# make demo   sets everything up in .venv and draws a first picture through the real graph
+# make serve  serves configs/demo.yaml on http://127.0.0.1:8000 until Ctrl-C
+# make test   sets everything up and runs all tests;  make lint: ruff and mypy
+#
+# Needs Python 3.11 or newer, make and git. On Linux, PyPI's torch brings CUDA (several GB); for a CPU
+# build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+PORT ?= 8000
+PROMPT ?= a small red circle above a large blue square
+OUTPUT ?= out.png
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo serve test lint clean
+.DEFAULT_GOAL := demo
+
+# One thread a process: a dozen processes share the cores.
+export OMP_NUM_THREADS ?= 1
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/sdxl-serve generate "$(PROMPT)" --num-inference-steps 25 -o "$(OUTPUT)"
+
+serve: $(VENV)/.installed
+	$(BIN)/sdxl-serve serve --port $(PORT)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

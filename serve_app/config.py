@@ -1,0 +1,153 @@
+"""The application's own settings: the `args:` of the application in a Ray Serve config file.
+
+Deployment options (replicas, GPU fractions, autoscaling) stand in Ray's own `deployments:` list.
+Everything here is strict: an unknown key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import ConfigurationError
+from serve_app.schema import MAX_STEPS
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSource(_Strict):
+    """Where a checkpoint in diffusers' folder layout comes from: exactly one of `path` and `hub_id`."""
+
+    path: str | None = Field(None, description="A local folder; `embedded:base` and `embedded:refiner` name ours.")
+    hub_id: str | None = Field(
+        None, description="A Hugging Face hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+    )
+    revision: str | None = Field(None, description="The commit of the hub id, 40 hex digits: pinned, never a branch.")
+    variant: str | None = Field(None, description="Weight file variant, e.g. fp16.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSource:
+        if (self.path is None) == (self.hub_id is None):
+            raise ValueError("needs exactly one of path and hub_id")
+        if self.hub_id is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(f"hub_id {self.hub_id} needs a revision of 40 hex digits")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision goes with hub_id, not with path")
+        return self
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, None for a hub id."""
+        if self.path is None:
+            return None
+        if self.path.startswith("embedded:"):
+            return DEMO_FOLDER / self.path.removeprefix("embedded:")
+        return Path(self.path).expanduser()
+
+    def __str__(self) -> str:
+        return self.path or f"{self.hub_id}@{(self.revision or '')[:8]}"
+
+
+class ComputeConfig(_Strict):
+    """How a tensor stage computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where the replica has a GPU.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs that have it, float16 on others, float32 on the CPU."
+    )
+    torch_threads: int | None = Field(
+        None, ge=1, description="CPU threads of a replica; None leaves PyTorch's own choice."
+    )
+
+
+class DenoiserConfig(ComputeConfig):
+    max_batch_rows: int = Field(
+        16, ge=2, description="Rows of one UNet forward pass; a guided image takes two, an unguided one."
+    )
+
+
+class MicroBatchConfig(ComputeConfig):
+    max_batch_size: int = Field(8, ge=1, description="Items of one forward pass.")
+
+
+class TextEncoderConfig(MicroBatchConfig):
+    cache_entries: int = Field(512, ge=0, description="Prompts whose embeddings are kept, each about 0.5 MB.")
+
+
+class Limits(_Strict):
+    """What the service takes in. Requests beyond are refused before anything is queued."""
+
+    min_side_px: int = Field(64, ge=8, multiple_of=8)
+    max_side_px: int = Field(2048, ge=8, multiple_of=8)
+    max_pixels: int = Field(2048 * 1024, ge=64)
+    max_steps: int = Field(200, ge=1, le=MAX_STEPS)
+    max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    max_images_in_flight: int = Field(
+        128, ge=1, description="Images one ingress replica takes in at once; beyond it answers 503 with Retry-After."
+    )
+
+
+class AppConfig(_Strict):
+    """The whole application."""
+
+    base: ModelSource = ModelSource(path="embedded:base")
+    refiner: ModelSource | None = Field(None, description="None: the base draws the whole trajectory.")
+    vae: ModelSource | None = Field(
+        None, description="A checkpoint, or a VAE published alone, that replaces the base's VAE."
+    )
+    model_names: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(
+        ("sdxl", "stabilityai-stable-diffusion-xl-base-1.0"),
+        description="Names the service answers to; the first is its own.",
+    )
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    base_denoiser: DenoiserConfig = DenoiserConfig()
+    refiner_denoiser: DenoiserConfig = DenoiserConfig()
+    vae_decoder: MicroBatchConfig = MicroBatchConfig()
+    limits: Limits = Limits()
+    max_ongoing_requests: int = Field(
+        512,
+        ge=1,
+        description="Requests a replica of a tensor stage holds at once, running and waiting. Ray's default "
+        "of 5 would cap every batch at 5.",
+    )
+
+    @model_validator(mode="after")
+    def _batches_are_not_capped(self) -> AppConfig:
+        check_max_ongoing_requests(self, self.max_ongoing_requests, "max_ongoing_requests")
+        return self
+
+
+def check_max_ongoing_requests(config: AppConfig, value: int, where: str) -> None:
+    """A replica must be allowed to hold a full batch and the queue behind it, or Ray caps the batch silently."""
+    largest_batch = max(
+        config.base_denoiser.max_batch_rows,
+        config.refiner_denoiser.max_batch_rows,
+        config.text_encoder.max_batch_size,
+        config.vae_decoder.max_batch_size,
+    )
+    needed = largest_batch + config.limits.max_images_in_flight
+    if value < needed:
+        raise ValueError(
+            f"{where} is {value}, below {needed}: the largest batch ({largest_batch}) plus "
+            f"limits.max_images_in_flight ({config.limits.max_images_in_flight}); it would cap batches silently"
+        )
+
+
+def parse_config(args: dict[str, Any]) -> AppConfig:
+    """Validates an application's `args`; raises `ConfigurationError`, one line that names the key at fault."""
+    try:
+        return AppConfig.model_validate(args)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = "unknown key"
+        raise ConfigurationError(f"args{'.' + where if where else ''}: {reason}") from None

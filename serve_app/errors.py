@@ -1,0 +1,101 @@
+"""Every error a caller can see, each with its HTTP status. Protocols render them; nothing else does.
+
+An error crosses process borders by pickle, so its whole state is in plain attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ServiceError(Exception):
+    """An error with one clear line for the caller.
+
+    Attributes:
+        message: one line, safe to show to anybody.
+        param: the request field at fault, if one is.
+        retry_after_s: seconds after which the same request may succeed; None if it will not.
+    """
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
+
+
+def _rebuild(cls: type[ServiceError], message: str, param: str | None, retry_after_s: float | None) -> ServiceError:
+    return cls(message, param=param, retry_after_s=retry_after_s)
+
+
+class InvalidRequest(ServiceError):
+    """The request itself is wrong; sending it again cannot help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ModelNotFound(InvalidRequest):
+    status = 404
+    code = "model_not_found"
+
+
+class RouteNotFound(InvalidRequest):
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class Overloaded(ServiceError):
+    """The service is full. `retry_after_s` says when to come back."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class StageUnavailable(ServiceError):
+    """A replica of a stage was lost, or its engine is dead. Seeded work may simply be sent again."""
+
+    status = 503
+    type = "server_error"
+    code = "stage_unavailable"
+
+
+class PictureFailed(ServiceError):
+    """The model gave no finite picture for this request, even in float32."""
+
+    status = 500
+    code = "picture_failed"
+
+
+class InternalError(ServiceError):
+    """A fault of the service. The details are in its log, under the request id."""
+
+    status = 500
+    code = "internal_error"
+
+
+class ConfigurationError(Exception):
+    """The configuration or a checkpoint is wrong: one line that says what and where."""

@@ -1,0 +1,67 @@
+"""Pixels to the bytes of a picture file, with the parameters that draw it again inside.
+
+PNG holds them in the text chunk `sdxl-serve`, JPEG and WebP in EXIF's UserComment, as JSON. NumPy and
+Pillow are imported on first use.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+from serve_app import __version__
+from serve_app.schema import OutputFormat
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Bytes
+
+PNG_KEY = "sdxl-serve"
+MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+# EXIF tags: the software, the EXIF directory, and its UserComment, which begins with its encoding.
+_SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x0131, 0x8769, 0x9286
+_ASCII = b"ASCII\0\0\0"
+# An EXIF block ends at 64 KiB, and a character takes up to 12 bytes of JSON: four texts cut to this many fit.
+_EXIF_MAX_BYTES, _EXIF_TEXT_CHARS = 60_000, 1_000
+
+
+def encode_image(pixels: Bytes, output_format: OutputFormat, quality: int, parameters: dict[str, Any]) -> bytes:
+    """Encodes pixels (H, W, 3) uint8. `quality`, 0 to 100, acts on jpeg and webp."""
+    from PIL import Image, PngImagePlugin
+
+    picture = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if output_format == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_text(PNG_KEY, json.dumps(parameters))
+        text.add_text("Software", f"sdxl-serve {__version__}")
+        picture.save(buffer, "PNG", pnginfo=text)
+    else:
+        exif = Image.Exif()
+        exif[_SOFTWARE] = f"sdxl-serve {__version__}"
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + _exif_json(parameters)
+        picture.save(buffer, output_format.upper(), quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def read_parameters(data: bytes) -> dict[str, Any] | None:
+    """The parameters inside a picture file that `encode_image` made; None where there are none."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data))
+    if picture.format == "PNG":
+        text = picture.info.get(PNG_KEY)
+    else:
+        comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+        text = bytes(comment).removeprefix(_ASCII).decode("ascii", "replace")
+    return json.loads(text) if text else None
+
+
+def _exif_json(parameters: dict[str, Any]) -> bytes:
+    text = json.dumps(parameters)
+    if len(text) > _EXIF_MAX_BYTES:
+        text = json.dumps(
+            {name: value[:_EXIF_TEXT_CHARS] if isinstance(value, str) else value for name, value in parameters.items()}
+        )
+    return text.encode("ascii")

@@ -1,0 +1,167 @@
+"""Azure Machine Learning's online endpoint for SDXL: `POST /score`.
+
+Two servers exist: the MLflow scorer, with its many shapes of `input_data`, and an earlier container,
+with more `parameters`. What either takes is taken here.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import InvalidRequest, ServiceError, UnsupportedMediaType
+from serve_app.protocols import unknown_field
+from serve_app.protocols.json_body import NotJson, parse_json
+from serve_app.schema import ImageRequest, ImageResult, parse_request
+
+_COLUMNS = ("prompt", "negative_prompt")
+_RENAMED = {"num_images_per_prompt": "n"}
+_PARAMETERS = (set(ImageRequest.model_fields) - {"prompt"}) | set(_RENAMED)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One request a row, in the order of `data`."""
+
+    requests: list[ImageRequest]
+    warnings: tuple[str, ...]
+
+
+def decode(body: bytes, content_type: str | None, max_rows: int) -> Decoded:
+    """A body's rows. Raises `InvalidRequest` with the server's own words where it has some."""
+    if (content_type or "").split(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType("Expects Content-Type to be application/json")
+    fields = _object(body)
+    if fields.get("input_data") is None:
+        raise InvalidRequest("A value is not provided for the 'input_data' parameter.", param="input_data")
+    rows, given = _rows(fields["input_data"])
+    if len(rows) > max_rows:  # here, before each is read: that alone would take seconds
+        raise _bad(f"{len(rows)} rows, this service takes at most {max_rows}")
+    for name in ("parameters", "params"):  # `params` is MLflow's
+        if fields.get(name) is not None:
+            given |= _parameters(fields[name], name)
+    warnings = [unknown_field(name) for name in fields if name not in _TOP_LEVEL]
+    common = _request_fields(given, warnings)
+    return Decoded([parse_request(_row_fields(row, common, warnings)) for row in rows], tuple(dict.fromkeys(warnings)))
+
+
+def encode(results: list[tuple[ImageRequest, ImageResult]]) -> list[dict[str, Any]]:
+    """The response: a row an image, in the order of `data`."""
+    return [
+        {
+            "prompt": request.prompt,
+            "generated_image": base64.b64encode(image.data).decode("ascii"),
+            "nsfw_content_detected": None,
+        }
+        for request, result in results
+        for image in result.images
+    ]
+
+
+def encode_error(error: ServiceError) -> dict[str, Any]:
+    return {"message": error.message}
+
+
+_TOP_LEVEL = ("input_data", "parameters", "params")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        raise InvalidRequest("POST body is empty. Expecting a JSON dictionary.")
+    try:
+        fields = parse_json(body)
+    except NotJson as error:
+        raise InvalidRequest(f"POST body could not be decoded as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("POST body should be a JSON dictionary.")
+    return fields
+
+
+def _rows(input_data: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of any shape, and the parameters that stand among them."""
+    if isinstance(input_data, list):
+        if not all(isinstance(row, dict) for row in input_data):
+            raise _bad("a list must hold one object a row, each with a prompt")
+        return input_data, {}
+    if not isinstance(input_data, dict):
+        raise _bad("must be an object or a list of objects")
+    given: dict[str, Any] = {}
+    if input_data.get("parameters") is not None:
+        given = _parameters(input_data["parameters"], "input_data.parameters")
+    columns = {name: value for name, value in input_data.items() if name != "parameters"}
+    if "data" in columns or "columns" in columns or "index" in columns:
+        return _split_rows(columns), given
+    return _column_rows(columns), given
+
+
+def _split_rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """pandas' `split` orientation: columns, data, and an index that names nothing here."""
+    columns, data, index = table.get("columns"), table.get("data"), table.get("index")
+    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+        raise _bad("'columns' must be a list of names")
+    if len(set(columns)) != len(columns):
+        raise _bad("'columns' names a column twice")
+    if not isinstance(data, list):
+        raise _bad("'data' must be a list of rows")
+    if index is not None and (not isinstance(index, list) or len(index) != len(data)):
+        raise _bad(f"'index' must be a list of {len(data)} entries, one a row")
+    unknown = [name for name in table if name not in ("columns", "data", "index")]
+    if unknown:
+        raise _bad(f"{unknown[0]!r} does not go with 'columns' and 'data'")
+    rows = []
+    for row in data:
+        cells = row if isinstance(row, list) else [row]
+        if len(cells) != len(columns):
+            raise _bad(f"a row of 'data' has {len(cells)} values for {len(columns)} columns")
+        rows.append(dict(zip(columns, cells, strict=True)))
+    if "prompt" not in columns:
+        raise _bad("has no 'prompt' column")
+    return rows
+
+
+def _column_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """A list a column: {"prompt": ["p", "q"]}."""
+    if not isinstance(columns.get("prompt"), list):
+        raise _bad("has no 'prompt' column" if "prompt" not in columns else "'prompt' must be a list")
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != len(columns["prompt"]):
+            raise _bad(f"{name!r} must be a list as long as 'prompt'")
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def _parameters(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"{where} must be an object", param=where)
+    return dict(given)
+
+
+def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        if name == "generator":
+            warnings.append("generator has no effect: send seed")
+        elif name not in _PARAMETERS:
+            warnings.append(unknown_field(name))
+        elif value is not None:
+            fields[_RENAMED.get(name, name)] = value
+    return fields
+
+
+def _row_fields(row: dict[str, Any], common: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+    if "image" in row or "mask_image" in row:
+        raise InvalidRequest(
+            "input_data: rows with an image are not served, text-to-image alone is", param="input_data"
+        )
+    if row.get("prompt") is None:
+        raise _bad("a row has no 'prompt'")
+    warnings += [unknown_field(name) for name in row if name not in _COLUMNS]
+    fields = common | {"prompt": row["prompt"]}
+    if "negative_prompt" in row:
+        # That server reads a null as an empty text, which SDXL does not take for an absent one.
+        fields["negative_prompt"] = "" if row["negative_prompt"] is None else row["negative_prompt"]
+    return fields
+
+
+def _bad(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"input_data: {reason}", param="input_data")

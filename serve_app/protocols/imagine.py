@@ -1,0 +1,43 @@
+"""`GET /imagine`: Ray's own example route, a prompt in the address and a picture back.
+
+`img_size` sets both sides, as there; every field of `ImageRequest` may stand beside it. A pair is given
+as two values: `original_size=512&original_size=768`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocols import unknown_field
+from serve_app.schema import FieldKind, ImageRequest, field_kinds, parse_request, read_text
+
+_KINDS = field_kinds()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    request: ImageRequest
+    warnings: tuple[str, ...]
+
+
+def decode(query: Sequence[tuple[str, str]]) -> Decoded:
+    """A query's request. Raises `InvalidRequest`."""
+    texts: dict[str, list[str]] = {}
+    for name, text in query:
+        texts.setdefault(name, []).append(text)
+    fields: dict[str, Any] = {}
+    if "img_size" in texts:
+        size = read_text("img_size", FieldKind(int), texts.pop("img_size"))
+        fields = {"width": size, "height": size}
+        if "width" in texts or "height" in texts:
+            raise InvalidRequest("img_size: contradicts width and height; send one or the other", param="img_size")
+    warnings = [unknown_field(name) for name in texts if name not in _KINDS]
+    fields |= {name: read_text(name, _KINDS[name], given) for name, given in texts.items() if name in _KINDS}
+    if "prompt" not in fields:
+        raise InvalidRequest("prompt: field required", param="prompt")
+    if fields.get("n", 1) != 1:
+        raise InvalidRequest("n: this route answers with one picture", param="n")
+    return Decoded(parse_request(fields), tuple(warnings))

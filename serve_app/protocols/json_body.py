@@ -1,0 +1,30 @@
+"""Reading a JSON body strictly."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class NotJson(ValueError):
+    """The body is no JSON. The message says why, in one line."""
+
+
+def parse_json(body: bytes) -> Any:
+    """Plain data from UTF-8 JSON. NaN and Infinity, which Python's reader lets pass, are no JSON."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except NotJson:
+        raise
+    except UnicodeDecodeError as error:
+        raise NotJson(f"not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise NotJson("nested too deeply") from None
+    except ValueError:  # a number of more digits than Python reads
+        raise NotJson("a number has too many digits") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise NotJson(f"{name} is not a JSON value")

@@ -1,0 +1,145 @@
+"""OpenAI's Images API: `POST /v1/images/generations`, with SDXL's own fields beside OpenAI's."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
+from serve_app.images import MEDIA_TYPES
+from serve_app.protocols import unknown_field
+from serve_app.protocols.json_body import NotJson, parse_json
+from serve_app.schema import ImageRequest, ImageResult, invalid_request, parse_request
+
+ResponseFormat = Literal["b64_json", "url"]
+
+
+class OpenAIFields(BaseModel):
+    """The fields of OpenAI's format that `ImageRequest` does not have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, description="A name from /v1/models; the service's own if absent.")
+    size: str | None = Field(
+        None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the checkpoint's own size.", examples=["auto"]
+    )
+    response_format: ResponseFormat | None = Field(None, description="b64_json (default), or url for a data: address.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
+        None, description="No effect (warns): SDXL has num_inference_steps."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="No effect (warns).")
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        None, description="SDXL draws opaque pictures; transparent warns."
+    )
+    moderation: Literal["auto", "low"] | None = Field(None, description="No effect (warns).")
+    stream: bool | None = Field(None, description="Streaming is not supported yet: true is refused.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Acts with stream only; no effect (warns).")
+    user: str | None = Field(None, description="No effect (warns).")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    request: ImageRequest
+    response_format: ResponseFormat
+    warnings: tuple[str, ...]
+
+
+def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
+    """A body's request. Null means absent, as in OpenAI's own clients. Raises `InvalidRequest`."""
+    fields = _object(body)
+    given = {name: value for name, value in fields.items() if value is not None}
+    warnings = [unknown_field(name) for name in given if name not in _KNOWN]
+    try:
+        own = OpenAIFields.model_validate({n: v for n, v in given.items() if n in OpenAIFields.model_fields})
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    if own.model is not None and own.model not in model_names:
+        raise ModelNotFound(
+            f"model: {own.model[:100]!r} does not exist; this service has {', '.join(model_names)}", param="model"
+        )
+    if own.stream:
+        raise InvalidRequest("stream: this service does not stream yet; leave it out", param="stream")
+    request_fields = {n: v for n, v in given.items() if n in ImageRequest.model_fields}
+    _apply_size(own.size, request_fields)
+    if "prompt" not in request_fields:
+        raise InvalidRequest("prompt: field required", param="prompt")
+    for name in ("quality", "style", "moderation", "user", "partial_images"):
+        if getattr(own, name) not in (None, "auto"):
+            warnings.append(f"{name} has no effect on SDXL")
+    if own.background == "transparent":
+        warnings.append("background transparent has no effect: SDXL draws opaque pictures")
+    return Decoded(parse_request(request_fields), own.response_format or "b64_json", tuple(warnings))
+
+
+def encode(result: ImageResult, response_format: ResponseFormat, warnings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The response body. `seed`, beside each picture, and `warnings` are SDXL's own."""
+    first = result.images[0]
+    return {
+        "created": result.created,
+        "background": "opaque",
+        "output_format": first.output_format,
+        "size": f"{first.width}x{first.height}",
+        "data": [
+            {
+                "b64_json": text if response_format == "b64_json" else None,
+                "url": f"data:{MEDIA_TYPES[image.output_format]};base64,{text}" if response_format == "url" else None,
+                "revised_prompt": None,
+                "seed": image.seed,
+            }
+            for image in result.images
+            for text in (base64.b64encode(image.data).decode("ascii"),)
+        ],
+        "warnings": [*warnings, *result.warnings],
+    }
+
+
+def encode_error(error: ServiceError) -> dict[str, Any]:
+    """OpenAI's error envelope."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def encode_models(model_names: tuple[str, ...], created: int) -> dict[str, Any]:
+    """`GET /v1/models`."""
+    return {
+        "object": "list",
+        "data": [{"id": name, "object": "model", "created": created, "owned_by": "sdxl-serve"} for name in model_names],
+    }
+
+
+def generations_schema() -> dict[str, Any]:
+    """JSON schema of the request body: OpenAI's fields and `ImageRequest`'s."""
+    ours, theirs = ImageRequest.model_json_schema(), OpenAIFields.model_json_schema()
+    return {
+        "type": "object",
+        "required": ["prompt"],
+        "properties": ours["properties"] | theirs["properties"],
+        "example": {"prompt": "a small red circle above a blue square", "num_inference_steps": 25, "seed": 7},
+    }
+
+
+_KNOWN = {*OpenAIFields.model_fields, *ImageRequest.model_fields}
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = parse_json(body)
+    except NotJson as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return fields
+
+
+def _apply_size(size: str | None, fields: dict[str, Any]) -> None:
+    if size is None or size == "auto":
+        return
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    if match is None:
+        raise InvalidRequest(f"size: {size[:40]!r} is not WIDTHxHEIGHT or auto", param="size")
+    for name, side in zip(("width", "height"), map(int, match.groups()), strict=True):
+        if fields.setdefault(name, side) != side:
+            raise InvalidRequest(f"size: {size} contradicts {name} {fields[name]}", param="size")
