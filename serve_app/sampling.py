@@ -1,0 +1,117 @@
+"""The arithmetic of a trajectory, in the order it is used: schedule, noise, slice, guide.
+
+Free functions over diffusers' own scheduler objects, so that a trajectory's numbers are diffusers' by
+construction. Nothing here knows of batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+Scheduler = Any  # diffusers' schedulers share no useful base class
+
+# Request name -> class and the arguments that go beside the checkpoint's own configuration.
+SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+}
+
+
+def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
+    """A fresh scheduler: a copy of the checkpoint's own, or the named one made from its configuration."""
+    if name is None:
+        return copy.deepcopy(native)
+    scheduler_class, arguments = SCHEDULERS[name]
+    return scheduler_class.from_config(native.config, **arguments)
+
+
+def draw_noise(generator: torch.Generator, width: int, height: int, channels: int, factor: int) -> torch.Tensor:
+    """Unit Gaussian noise, (1, C, H/factor, W/factor) float32, always drawn on the CPU."""
+    shape = (1, channels, height // factor, width // factor)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def base_timesteps(scheduler: Scheduler, denoising_end: float | None) -> torch.Tensor:
+    """The base's slice of `scheduler.timesteps`, all of them where `denoising_end` is None.
+
+    The rule of StableDiffusionXLPipeline: the training timesteps at or above a rounded cutoff. Sets
+    the scheduler's begin index.
+    """
+    timesteps = scheduler.timesteps
+    if denoising_end is not None:
+        steps = int((timesteps >= _cutoff(scheduler, denoising_end)).sum())
+        timesteps = timesteps[:steps]
+    _set_begin_index(scheduler, 0)
+    return timesteps
+
+
+def refiner_timesteps(scheduler: Scheduler, denoising_start: float) -> torch.Tensor:
+    """The refiner's slice of `scheduler.timesteps`, by StableDiffusionXLImg2ImgPipeline.get_timesteps.
+
+    For second-order schedulers, which hold all but the first timestep twice, an even count would cut
+    between the two derivatives of one step: one more is taken. Sets the scheduler's begin index.
+    """
+    timesteps = scheduler.timesteps
+    steps = int((timesteps < _cutoff(scheduler, denoising_start)).sum())
+    if scheduler.order == 2 and steps % 2 == 0:
+        steps += 1
+    start = len(timesteps) - steps
+    _set_begin_index(scheduler, start)
+    return timesteps[start:]
+
+
+def _cutoff(scheduler: Scheduler, fraction: float) -> int:
+    total = scheduler.config.num_train_timesteps
+    return round(total - fraction * total)
+
+
+def _set_begin_index(scheduler: Scheduler, index: int) -> None:
+    if hasattr(scheduler, "set_begin_index"):  # DDIM has none: its step needs the timestep alone
+        scheduler.set_begin_index(index)
+
+
+def make_step(scheduler: Scheduler, generator: torch.Generator, eta: float) -> Any:
+    """`scheduler.step` with the keyword arguments that this scheduler's signature takes."""
+    parameters = inspect.signature(scheduler.step).parameters
+    keywords: dict[str, Any] = {}
+    if "eta" in parameters:
+        keywords["eta"] = eta
+    if "generator" in parameters:
+        keywords["generator"] = generator
+    return partial(scheduler.step, return_dict=False, **keywords)
+
+
+def guide(rows: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Classifier-free guidance of one image: (2, C, h, w), unconditional row first -> (1, C, h, w).
+
+    noise = uncond + w (text - uncond), arXiv 2205.11487 equation 2; where `rescale` is above 0 its
+    standard deviation is pulled towards the text row's, arXiv 2305.08891 section 3.4.
+    """
+    unconditional, text = rows[0:1], rows[1:2]
+    noise = unconditional + scale * (text - unconditional)
+    if rescale > 0:
+        dimensions = list(range(1, text.ndim))
+        ratio = text.std(dim=dimensions, keepdim=True) / noise.std(dim=dimensions, keepdim=True)
+        noise = rescale * (noise * ratio) + (1 - rescale) * noise
+    return noise

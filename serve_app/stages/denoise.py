@@ -1,0 +1,160 @@
+"""denoise and refine: the UNet's steps. Base and refiner are one class with two checkpoints.
+
+`Denoiser` is the `Runner` of the step engine: a trajectory holds all that is one image's own (latents,
+scheduler object, random stream), and each forward pass gathers rows of many and gives them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from serve_app import checkpoint
+from serve_app.checkpoint import Checkpoint
+from serve_app.sampling import (
+    Scheduler,
+    base_timesteps,
+    draw_noise,
+    guide,
+    make_scheduler,
+    make_step,
+    refiner_timesteps,
+)
+from serve_app.stages.device import Compute, is_context_broken
+from serve_app.tasks import DenoiseTask, Latents
+
+
+@dataclass
+class Trajectory:
+    """One image on its way. Latents stay float32 whatever the UNet computes in."""
+
+    task: DenoiseTask
+    scheduler: Scheduler
+    scheduler_step: Any
+    generator: torch.Generator
+    timesteps: torch.Tensor  # (steps,) on the CPU, so that reading one never waits for the device
+    latents: torch.Tensor  # (1, 4, H/8, W/8) float32
+    prompt_embeds: torch.Tensor  # (R, 77k, D), R = 2 with guidance, negative first; else 1
+    pooled: torch.Tensor  # (R, P)
+    time_ids: torch.Tensor  # (R, 5 or 6) float32
+    index: int = 0
+
+
+class Denoiser:
+    """A UNet and its checkpoint's scheduler."""
+
+    def __init__(self, source: Checkpoint, compute: Compute) -> None:
+        self._compute = compute
+        self._unet = checkpoint.load_unet(source, compute.dtype).to(compute.device)
+        self._native_scheduler = checkpoint.load_scheduler(source)
+        self.takes_aesthetic_score = bool(source.model_index().get("requires_aesthetics_score", False))
+        # SDXL's pipelines take the factor from the VAE; a denoiser has none to ask and SDXL's is 8.
+        self.scale_factor = 8
+
+    @property
+    def native_size_px(self) -> int:
+        return int(self._unet.config.sample_size) * self.scale_factor
+
+    @property
+    def native_scheduler(self) -> str:
+        return type(self._native_scheduler).__name__
+
+    @torch.inference_mode()
+    def begin(self, task: DenoiseTask) -> Trajectory:
+        """Prepares a task as diffusers does: schedule, random stream, first latents, slice of the steps."""
+        scheduler = make_scheduler(self._native_scheduler, task.scheduler)
+        scheduler.set_timesteps(task.num_inference_steps, device="cpu")
+        generator = torch.Generator("cpu")
+        if task.latents is None:
+            generator.manual_seed(task.seed)
+            noise = draw_noise(generator, task.width, task.height, self._unet.config.in_channels, self.scale_factor)
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            # Arrays from Ray's object store are read-only, and torch tensors can't be.
+            generator.set_state(torch.from_numpy(task.latents.generator_state.copy()))
+            latents = torch.from_numpy(task.latents.samples.copy())[None]
+        if task.denoising_start is None:
+            timesteps = base_timesteps(scheduler, task.denoising_end)
+        else:
+            timesteps = refiner_timesteps(scheduler, task.denoising_start)
+        embeds, pooled, time_ids = self._conditioning(task)
+        return Trajectory(
+            task=task,
+            scheduler=scheduler,
+            scheduler_step=make_step(scheduler, generator, task.eta),
+            generator=generator,
+            timesteps=timesteps,
+            latents=latents.to(self._compute.device),
+            prompt_embeds=embeds,
+            pooled=pooled,
+            time_ids=time_ids,
+        )
+
+    def _conditioning(self, task: DenoiseTask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        given = task.conditioning
+        embeds, pooled, time_ids = [given.prompt_embeds], [given.pooled_prompt_embeds], [task.time_ids]
+        if task.guided:
+            assert given.negative_prompt_embeds is not None and given.negative_pooled_prompt_embeds is not None
+            embeds.insert(0, given.negative_prompt_embeds)
+            pooled.insert(0, given.negative_pooled_prompt_embeds)
+            time_ids.insert(0, task.negative_time_ids)
+        device, dtype = self._compute.device, self._compute.dtype
+        return (
+            torch.from_numpy(np.stack(embeds)).to(device, dtype),
+            torch.from_numpy(np.stack(pooled)).to(device, dtype),
+            torch.tensor(time_ids, dtype=torch.float32, device=device),
+        )
+
+    def key(self, state: Trajectory) -> Hashable:
+        return tuple(state.latents.shape[-2:]), state.prompt_embeds.shape[1]
+
+    def rows(self, state: Trajectory) -> int:
+        return state.task.rows
+
+    def steps(self, state: Trajectory) -> int:
+        return len(state.timesteps)
+
+    def is_fatal(self, error: Exception) -> bool:
+        return is_context_broken(error)
+
+    @torch.inference_mode()
+    def forward(self, states: Sequence[Trajectory]) -> list[torch.Tensor]:
+        """One UNet call over the rows of all states; returns each one's rows, (R, 4, h, w) float32."""
+        samples, timesteps = [], []
+        for state in states:
+            timestep = state.timesteps[state.index]
+            # Idempotent: scaling sets the scheduler's step index from its begin index, once.
+            sample = state.scheduler.scale_model_input(state.latents, timestep)
+            samples += [sample] * state.task.rows
+            timesteps += [float(timestep)] * state.task.rows
+        noise = self._unet(
+            torch.cat(samples).to(self._compute.dtype),
+            torch.tensor(timesteps, dtype=torch.float32, device=self._compute.device),
+            encoder_hidden_states=torch.cat([state.prompt_embeds for state in states]),
+            added_cond_kwargs={
+                "text_embeds": torch.cat([state.pooled for state in states]),
+                "time_ids": torch.cat([state.time_ids for state in states]),
+            },
+            return_dict=False,
+        )[0]
+        return list(noise.float().split([state.task.rows for state in states]))
+
+    @torch.inference_mode()
+    def advance(self, state: Trajectory, output: torch.Tensor) -> None:
+        """One step of one image: guidance, then its own scheduler."""
+        task = state.task
+        noise = guide(output, task.guidance_scale, task.guidance_rescale) if task.guided else output
+        state.latents = state.scheduler_step(noise, state.timesteps[state.index], state.latents)[0]
+        state.index += 1
+
+    @torch.inference_mode()
+    def finish(self, state: Trajectory) -> Latents:
+        return Latents(
+            samples=state.latents[0].to("cpu", torch.float32).numpy().copy(),
+            generator_state=state.generator.get_state().numpy().copy(),
+            steps=state.index,
+        )

@@ -1,0 +1,52 @@
+"""Where and how precisely a stage computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from serve_app.config import ComputeConfig
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the dtype of a stage's weights and activations."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def set_up(config: ComputeConfig, gpu_fraction: float = 0.0) -> Compute:
+    """Chooses device and dtype, sets the process's threads, and holds its GPU memory to its fraction.
+
+    `gpu_fraction` is the share of one GPU that Ray assigned to this replica. Ray only books it; the
+    process itself must stay within it. A fraction covers the allocator's memory, not the CUDA context,
+    for which the configurations leave room.
+    """
+    if config.torch_threads is not None:
+        torch.set_num_threads(config.torch_threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if gpu_fraction > 0 and torch.cuda.is_available() else "cpu"
+    if device == "cuda" and 0 < gpu_fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(gpu_fraction)
+    dtype = config.dtype
+    if dtype == "auto":
+        if device == "cpu":
+            dtype = "float32"
+        else:
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return Compute(torch.device(device), getattr(torch, dtype))
+
+
+def is_context_broken(error: Exception) -> bool:
+    """Whether an error leaves the CUDA context unusable: every later call in this process would fail.
+
+    Running out of memory does not.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
