@@ -1,0 +1,238 @@
+"""The command line. The flags of `generate` are made from `ImageRequest`. Loads Ray on use only, never torch."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NoReturn
+
+from serve_app import __version__
+from serve_app.errors import ConfigurationError, ServiceError
+from serve_app.schema import (
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    Progress,
+    StageTiming,
+    field_kinds,
+    parse_request,
+)
+
+_PACKAGE = Path(__file__).parent
+# Inside the package where it was installed as a wheel, beside it in a checkout.
+_CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+DEMO_CONFIG = _CONFIGS / "demo.yaml"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status. Every expected fault is one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ConfigurationError, ServiceError) as error:
+        print(f"sdxl-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sdxl-serve", description="Stable Diffusion XL as a Ray Serve graph.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="draw pictures, by a running service or by a graph of its own")
+    generate.add_argument("prompt", help=ImageRequest.model_fields["prompt"].description)
+    generate.add_argument(
+        "-o", "--output", type=Path, default=Path("out.png"), help="picture file; with n > 1 numbered (out-0.png ...)"
+    )
+    where = generate.add_mutually_exclusive_group()
+    where.add_argument("--url", help="address of a running service, e.g. http://127.0.0.1:8000")
+    where.add_argument("--config", type=Path, default=DEMO_CONFIG, help="config of the graph to start (embedded demo)")
+    _add_request_flags(generate)
+    generate.set_defaults(run=_generate)
+
+    serve = commands.add_parser("serve", help="serve a config file until Ctrl-C")
+    serve.add_argument("config", type=Path, nargs="?", default=DEMO_CONFIG)
+    serve.add_argument("--host", help="address to listen on; the config's if absent")
+    serve.add_argument("--port", type=int, help="port; the config's if absent")
+    serve.add_argument("--address", help="a running Ray cluster to deploy to; a Ray of its own if absent")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", help="check a config file and the checkpoints it names")
+    check.add_argument("config", type=Path)
+    check.set_defaults(run=_check)
+
+    tiny = commands.add_parser("make-tiny", help="write a random-weight base and refiner, for tests")
+    tiny.add_argument("directory", type=Path)
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.set_defaults(run=_make_tiny)
+    return parser
+
+
+def _add_request_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("request")
+    for name, kind in field_kinds().items():
+        if name == "prompt":
+            continue
+        field = ImageRequest.model_fields[name]
+        default = "" if field.default is None else f" (default {field.default})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=kind.base,
+            nargs=None if kind.values == 1 else kind.values,
+            choices=kind.choices or None,
+            default=argparse.SUPPRESS,
+            help=f"{field.description}{default}".replace("%", "%%"),
+        )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in ImageRequest.model_fields if hasattr(options, name)}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    suffix = options.output.suffix.lower().lstrip(".").replace("jpg", "jpeg")
+    if "output_format" not in given and suffix in ("jpeg", "webp"):
+        given["output_format"] = suffix
+    request = parse_request(given)
+    result = _draw_at(options.url, request) if options.url else _draw_here(options.config, request)
+    for index, image in enumerate(result.images):
+        path = options.output
+        if len(result.images) > 1:
+            path = path.with_stem(f"{path.stem}-{index}")
+        path.write_bytes(image.data)
+        print(f"{path}  {image.width}x{image.height}  seed {image.seed}")
+    print("  ".join(f"{timing.stage} {timing.seconds:.2f} s" for timing in result.timings))
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
+
+
+def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
+    """Starts the graph, draws with a bar that moves at every denoising step, and ends it."""
+    from tqdm import tqdm
+
+    from serve_app.local import running
+    from serve_app.serve_config import read_serve_config
+
+    config = read_serve_config(config_path)
+    print(f"starting the graph of {config_path.name} (four model deployments and the ingress) ...", file=sys.stderr)
+    with running(config, http=False) as graph, tqdm(unit="step", dynamic_ncols=True) as bar:
+        steps: dict[tuple[int, str], tuple[int, int]] = {}
+        for event in graph.handle.options(stream=True).stream.remote(request):
+            if isinstance(event, ImageResult):
+                return event
+            _show(bar, request, steps, event)
+    raise ServiceError("the graph ended without a result")
+
+
+def _show(bar: Any, request: ImageRequest, steps: dict[tuple[int, str], tuple[int, int]], event: Progress) -> None:
+    bar.set_description(event.stage, refresh=False)
+    if event.steps:
+        steps[event.image, event.stage] = (event.step, event.steps)
+    # A stage's count is known once it has begun: until then the request's own number stands.
+    bar.total = max(request.n * request.num_inference_steps, sum(total for _, total in steps.values()))
+    bar.n = sum(step for step, _ in steps.values())
+    bar.refresh()
+
+
+def _draw_at(url: str, request: ImageRequest) -> ImageResult:
+    """Asks a running service; the bar counts the seconds."""
+    from tqdm import tqdm
+
+    body = json.dumps(request.model_dump(exclude_unset=True)).encode()
+    post = urllib.request.Request(
+        f"{url.rstrip('/')}/v1/images/generations", body, {"Content-Type": "application/json"}
+    )
+    answer: dict[str, Any] = {}
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(post) as response:
+                answer["timing"] = response.headers.get("Server-Timing", "")
+                answer["body"] = json.load(response)
+        except urllib.error.HTTPError as error:
+            answer["error"] = _http_reason(error)
+        except (OSError, ValueError) as error:
+            answer["error"] = f"{url}: {getattr(error, 'reason', error)}"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    with tqdm(desc="drawing", bar_format="{desc} {elapsed}") as bar:
+        while thread.is_alive():
+            thread.join(0.2)
+            bar.refresh()
+    if "error" in answer:
+        raise ServiceError(answer["error"])
+    return _result(answer["body"], answer["timing"])
+
+
+def _http_reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {error.code} {error.reason}"
+
+
+def _result(body: dict[str, Any], timing: str) -> ImageResult:
+    width, height = (int(side) for side in body["size"].split("x"))
+    images = [
+        GeneratedImage(base64.b64decode(item["b64_json"]), item["seed"], body["output_format"], width, height)
+        for item in body["data"]
+    ]
+    timings = []
+    for part in filter(None, timing.split(", ")):
+        stage, _, milliseconds = part.partition(";dur=")
+        timings.append(StageTiming(stage, float(milliseconds) / 1000))  # type: ignore[arg-type]
+    return ImageResult(images, body["warnings"], timings)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from serve_app.local import running
+    from serve_app.serve_config import read_serve_config
+
+    config = read_serve_config(options.config)
+    signal.signal(signal.SIGTERM, _interrupt)
+    print(f"starting the graph of {options.config} ...", file=sys.stderr)
+    started = time.monotonic()
+    with running(config, host=options.host, port=options.port, address=options.address) as graph:
+        print(
+            f"ready at {graph.url} after {time.monotonic() - started:.0f} s; {graph.url}/docs; Ctrl-C ends it",
+            flush=True,
+        )
+        threading.Event().wait()
+    return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _check(options: argparse.Namespace) -> int:
+    from serve_app.checkpoint import check_sources
+    from serve_app.serve_config import read_serve_config
+
+    config = read_serve_config(options.config)
+    check_sources(config.app)
+    print(f"{options.config}: fine ({config.app.base}{' + ' + str(config.app.refiner) if config.app.refiner else ''})")
+    return 0
+
+
+def _make_tiny(options: argparse.Namespace) -> int:
+    from serve_app.demo.tiny import make_tiny
+
+    make_tiny(options.directory, options.seed)
+    print(f"{options.directory}/base and {options.directory}/refiner")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Calls from the ingress to a stage: cancelled with their caller, retried where a replica is lost.
+
+Ray Serve does not retry a request whose replica dies. Seeded work gives the same result wherever and
+however often it runs, so it is simply sent again, to whichever replica lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+from serve_app.errors import Overloaded, ServiceError, StageUnavailable
+from serve_app.pipeline import OnStep, Stages
+from serve_app.schema import Progress
+from serve_app.tasks import DenoiseTask, Latents
+
+logger = logging.getLogger("ray.serve")
+ResultT = TypeVar("ResultT")
+
+_RETRIES = 3
+_BACKOFF_S = (0.1, 1.0, 4.0)
+_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, DeploymentUnavailableError, RequestCancelledError)
+
+
+def remote_stages(
+    encoder: DeploymentHandle, base: DeploymentHandle, refiner: DeploymentHandle | None, decoder: DeploymentHandle
+) -> Stages:
+    """The four stages as calls to deployments."""
+
+    async def no_refiner(task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        raise AssertionError("no refiner is configured")
+
+    return Stages(
+        encode=lambda task: _retried("encode", lambda: _result(encoder.encode.remote(task))),
+        denoise=_denoise("denoise", base),
+        refine=no_refiner if refiner is None else _denoise("refine", refiner),
+        decode=lambda latents: _retried("decode", lambda: _result(decoder.decode.remote(latents))),
+    )
+
+
+def _denoise(stage: str, handle: DeploymentHandle) -> Callable[[DenoiseTask, OnStep | None], Awaitable[Latents]]:
+    async def run(task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        if on_step is None:
+            return await _retried(stage, lambda: _result(handle.run.remote(task)))
+        reporter = _ReportOnce(on_step)
+        return await _retried(
+            stage,
+            lambda: _last(handle.options(stream=True).run_reporting.remote(task), reporter),
+        )
+
+    return run
+
+
+class _ReportOnce:
+    """Passes each step on once: a retry begins again at the first step, its listener does not."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+        self._reported = 0
+
+    def __call__(self, step: int, steps: int) -> None:
+        if step > self._reported:
+            self._reported = step
+            self._on_step(step, steps)
+
+
+async def _result(response: DeploymentResponse) -> Any:
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _last(stream: DeploymentResponseGenerator, on_step: OnStep) -> Any:
+    last = None
+    try:
+        async for event in stream:
+            if isinstance(event, Progress):
+                on_step(event.step, event.steps)
+            last = event
+    except asyncio.CancelledError:
+        stream.cancel()
+        raise
+    return last
+
+
+async def _retried(stage: str, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+    """Makes a call again, at most three times, where what it lost is a replica and not the request."""
+    for attempt in range(_RETRIES + 1):
+        try:
+            return await call()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this caller: the replica went away with the request in it.
+            lost: BaseException = StageUnavailable("cancelled with its replica")
+        except (*_LOST, StageUnavailable) as error:
+            lost = error
+        except BackPressureError:
+            raise Overloaded(f"the {stage} stage is full", retry_after_s=1) from None
+        except RayTaskError as error:
+            # What the stage itself raised travels inside Ray's wrapper.
+            if isinstance(error.cause, ServiceError) and not isinstance(error.cause, StageUnavailable):
+                raise error.cause from None
+            if not isinstance(error.cause, (StageUnavailable, *_LOST)):
+                raise
+            lost = error.cause
+        if attempt < _RETRIES:
+            logger.warning("%s: a replica was lost (%s), trying again", stage, type(lost).__name__)
+            await asyncio.sleep(_BACKOFF_S[attempt])
+    raise StageUnavailable(f"the {stage} stage is being replaced; send the request again", retry_after_s=5)

@@ -1,0 +1,84 @@
+"""The deployment of the denoise and refine stages: one class, bound twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray import serve
+
+from serve_app import checkpoint
+from serve_app.config import AppConfig
+from serve_app.deployments.replica import end_process_soon, identity, prepare
+from serve_app.engine import StepEngine
+from serve_app.errors import StageUnavailable
+from serve_app.schema import Progress
+from serve_app.tasks import DenoiseTask, Latents
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve_app.stages.denoise import Trajectory
+
+
+@serve.deployment
+class Denoiser:
+    """A UNet behind the step engine."""
+
+    def __init__(self, config: AppConfig, stage: Literal["denoise", "refine"]) -> None:
+        from serve_app.stages.denoise import Denoiser as UNetDenoiser
+
+        source = config.base if stage == "denoise" else config.refiner
+        settings = config.base_denoiser if stage == "denoise" else config.refiner_denoiser
+        assert source is not None
+        self._stage = stage
+        folder = checkpoint.locate(source, ("unet", "scheduler"))
+        checkpoint.check(folder, ("unet", "scheduler"))
+        self._denoiser = UNetDenoiser(folder, prepare(config, settings))
+        self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
+            self._denoiser, settings.max_batch_rows, name=stage
+        )
+
+    async def run(self, task: DenoiseTask) -> Latents:
+        """Takes one image through this stage's steps."""
+        try:
+            return await self._engine.run(task)
+        except StageUnavailable:
+            end_process_soon()
+            raise
+
+    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[Progress | Latents]:
+        """The same, with a `Progress` after each step; the latents come last."""
+        events: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        work = asyncio.create_task(self._engine.run(task, lambda *event: events.put_nowait(event)))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield Progress(self._stage, step=event[0], steps=event[1])
+            yield await work
+        except StageUnavailable:
+            end_process_soon()
+            raise
+        finally:
+            work.cancel()
+
+    async def describe(self) -> dict[str, Any]:
+        """This stage's share of `ModelFacts`."""
+        if self._stage == "denoise":
+            return {
+                "native_size_px": self._denoiser.native_size_px,
+                "native_scheduler": self._denoiser.native_scheduler,
+            }
+        return {
+            "refined": True,
+            "refiner_native_scheduler": self._denoiser.native_scheduler,
+            "refiner_takes_aesthetic_score": self._denoiser.takes_aesthetic_score,
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica; see `EngineStats`."""
+        return identity() | self._engine.stats()
+
+    async def check_health(self) -> None:
+        self._engine.check_health()

@@ -1,0 +1,62 @@
+"""The ingress: every protocol's way in, and the order of the stages. Loads no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import AppConfig
+from serve_app.deployments.calls import remote_stages
+from serve_app.http_app import build_http_app
+from serve_app.resolve import ModelFacts
+from serve_app.schema import ImageRequest, ImageResult, Progress
+from serve_app.service import ImageService
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """HTTP by the ASGI application, Python by `generate` and `stream`."""
+
+    async def __init__(
+        self,
+        config: AppConfig,
+        encoder: DeploymentHandle,
+        base: DeploymentHandle,
+        refiner: DeploymentHandle | None,
+        decoder: DeploymentHandle,
+    ) -> None:
+        # Only the replicas read the checkpoints, so what must be known of them is asked of them.
+        described = [encoder.describe.remote(), base.describe.remote()]
+        if refiner is not None:
+            described.append(refiner.describe.remote())
+        facts: dict[str, Any] = {}
+        for part in await asyncio.gather(*described):
+            facts |= part
+        embedded = config.base.path == "embedded:base"
+        stages = remote_stages(encoder, base, refiner, decoder)
+        self._service = ImageService(config, ModelFacts(**facts, embedded_demo=embedded), stages)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http_app(self._service)
+
+    async def generate(self, request: ImageRequest) -> ImageResult:
+        """Draws a request. Raises a `ServiceError`."""
+        return await self._service.generate(request)
+
+    async def stream(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
+        """Draws a request and yields `Progress` on the way; the `ImageResult` comes last.
+
+        For `handle.options(stream=True).stream.remote(request)`.
+        """
+        async for event in self._service.stream(request):
+            yield event
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica."""
+        return {"images_in_flight": self._service.admission.in_flight}

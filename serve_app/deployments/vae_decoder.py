@@ -1,0 +1,50 @@
+"""The deployment of the decode stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from serve_app import checkpoint
+from serve_app.config import AppConfig
+from serve_app.deployments.replica import identity, prepare
+from serve_app.errors import PictureFailed
+from serve_app.micro_batch import MicroBatcher
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Bytes, Floats
+
+
+@serve.deployment
+class VaeDecoder:
+    """The VAE's decoder, micro-batched by picture size."""
+
+    def __init__(self, config: AppConfig) -> None:
+        from serve_app.stages.decode import Decoder
+        from serve_app.stages.device import is_context_broken
+
+        source = checkpoint.locate(config.vae or config.base, ("vae",))
+        checkpoint.check(source, ("vae",))
+        self._decoder = Decoder(source, prepare(config, config.vae_decoder))
+        self._batcher: MicroBatcher[Floats, Bytes | PictureFailed] = MicroBatcher(
+            self._decoder.decode,
+            max_batch_size=config.vae_decoder.max_batch_size,
+            key=lambda latents: latents.shape,
+            is_fatal=is_context_broken,
+            name="decode",
+        )
+
+    async def decode(self, latents: Floats) -> Bytes:
+        """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
+        pixels = await self._batcher.submit(latents)
+        if isinstance(pixels, PictureFailed):
+            raise pixels
+        return pixels
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica."""
+        return identity() | self._batcher.stats() | {"float32_retries": self._decoder.float32_retries}
+
+    async def check_health(self) -> None:
+        self._batcher.check_health()
