@@ -1,0 +1,57 @@
+"""One Ray Serve instance a session, over a random-weight checkpoint; and diffusers itself to compare with."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from serve_app.demo.tiny import make_tiny
+from serve_app.local import Running, running
+from serve_app.serve_config import ServeConfig, check_serve_config
+from tests.reference import Reference
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random-weight `base` and `refiner`, scaled so that every field shows in the pixels."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Path) -> Reference:
+    """diffusers' own pipelines over the same checkpoint."""
+    return Reference(tiny)
+
+
+@pytest.fixture(scope="session")
+def serve_config(tiny: Path) -> ServeConfig:
+    """configs/demo.yaml over the random-weight checkpoint."""
+    content: dict[str, Any] = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    args = content["applications"][0]["args"]
+    args["base"], args["refiner"] = {"path": str(tiny / "base")}, {"path": str(tiny / "refiner")}
+    return check_serve_config(content)
+
+
+@pytest.fixture(scope="session")
+def graph(serve_config: ServeConfig) -> Iterator[Running]:
+    """The graph, up on a Ray instance and a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with running(serve_config, port=port) as up:
+        yield up

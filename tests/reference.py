@@ -1,0 +1,147 @@
+"""What a request must give: diffusers' own pipelines, one single-image call each, one generator through both.
+
+Nothing here uses the project's arithmetic; only the request's field names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+
+from serve_app.schema import ImageRequest
+
+SCHEDULERS: dict[str, Any] = {
+    "euler": lambda config: EulerDiscreteScheduler.from_config(config),
+    "euler_ancestral": lambda config: EulerAncestralDiscreteScheduler.from_config(config),
+    "dpmpp_2m": lambda config: DPMSolverMultistepScheduler.from_config(config),
+    "dpmpp_2m_karras": lambda config: DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=True),
+    "dpmpp_2m_sde": lambda config: DPMSolverMultistepScheduler.from_config(config, algorithm_type="sde-dpmsolver++"),
+    "heun": lambda config: HeunDiscreteScheduler.from_config(config),
+    "ddim": lambda config: DDIMScheduler.from_config(config),
+    "unipc": lambda config: UniPCMultistepScheduler.from_config(config),
+    "lms": lambda config: LMSDiscreteScheduler.from_config(config),
+}
+
+_BOTH = (
+    "prompt",
+    "prompt_2",
+    "negative_prompt",
+    "negative_prompt_2",
+    "num_inference_steps",
+    "guidance_rescale",
+    "eta",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crops_coords_top_left",
+    "negative_target_size",
+    "clip_skip",
+)
+
+
+@dataclass
+class Expected:
+    """What diffusers gives for one image, stage by stage."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    latents: dict[str, np.ndarray] = field(default_factory=dict)  # stage -> (4, H/8, W/8)
+    steps: dict[str, int] = field(default_factory=dict)  # stage -> UNet calls
+
+
+class Reference:
+    """The two pipelines over a checkpoint, CPU float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = StableDiffusionXLPipeline.from_pretrained(folder / "base", add_watermarker=False)
+        self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder / "refiner", add_watermarker=False)
+        self._native = {}
+        for pipeline in (self.base, self.refiner):
+            pipeline.set_progress_bar_config(disable=True)
+            self._native[pipeline] = pipeline.scheduler
+
+    def draw(self, request: ImageRequest, index: int = 0) -> Expected:
+        """Image `index` of a request."""
+        assert request.seed is not None
+        for pipeline, native in self._native.items():
+            pipeline.scheduler = (
+                SCHEDULERS[request.scheduler](native.config)
+                if request.scheduler
+                else type(native).from_config(native.config)
+            )
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        given = {name: getattr(request, name) for name in _BOTH}
+        frac = 0.8 if request.high_noise_frac is None else request.high_noise_frac
+        expected = Expected(np.empty(0))
+        latents = self._run(
+            expected,
+            "denoise",
+            self.base,
+            width=request.width,
+            height=request.height,
+            guidance_scale=request.guidance_scale,
+            denoising_end=frac if frac < 1 else None,
+            generator=generator,
+            **given,
+        )
+        if frac < 1:
+            guidance = request.refiner_guidance_scale
+            latents = self._run(
+                expected,
+                "refine",
+                self.refiner,
+                image=latents,
+                guidance_scale=request.guidance_scale if guidance is None else guidance,
+                denoising_start=frac,
+                aesthetic_score=request.aesthetic_score,
+                negative_aesthetic_score=request.negative_aesthetic_score,
+                generator=generator,
+                **given,
+            )
+        with torch.no_grad():
+            image = self.base.vae.decode(latents / self.base.vae.config.scaling_factor, return_dict=False)[0]
+        expected.pixels = np.array(self.base.image_processor.postprocess(image, output_type="pil")[0])
+        return expected
+
+    def _run(self, expected: Expected, stage: str, pipeline: Any, **arguments: Any) -> torch.Tensor:
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = pipeline.unet.register_forward_hook(count)
+        try:
+            latents = pipeline(output_type="latent", **arguments).images
+        finally:
+            hook.remove()
+        expected.steps[stage] = calls
+        expected.latents[stage] = latents[0].numpy()
+        return latents
+
+
+def whole_pipelines(reference: Reference, request: ImageRequest) -> np.ndarray:
+    """The first image by the pipelines' own last stage, to hold `Reference.draw`'s decoding against."""
+    generator = torch.Generator("cpu").manual_seed(request.seed or 0)
+    common: dict[str, Any] = {"prompt": request.prompt, "num_inference_steps": request.num_inference_steps}
+    common["generator"] = generator
+    common["guidance_scale"] = request.guidance_scale
+    for pipeline, native in reference._native.items():
+        pipeline.scheduler = type(native).from_config(native.config)
+    latents = reference.base(denoising_end=0.8, output_type="latent", **common).images
+    return np.array(reference.refiner(image=latents, denoising_start=0.8, **common).images[0])
