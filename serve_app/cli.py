@@ -208,7 +208,10 @@ def _serve(options: argparse.Namespace) -> int:
             f"ready at {graph.url} after {time.monotonic() - started:.0f} s; {graph.url}/docs; Ctrl-C ends it",
             flush=True,
         )
-        threading.Event().wait()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("ending ...", file=sys.stderr)
     return 0
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from ray import serve
 
+from serve_app.deployments.calls import remote_stages
+from serve_app.errors import PictureFailed
 from serve_app.local import Running
 from serve_app.schema import ImageRequest, parse_request
 from tests.reference import Reference
@@ -153,3 +156,12 @@ def test_pictures_are_what_they_were(graph: Running, reference: Reference) -> No
     request = parse_request({"prompt": "still here", "seed": 8, "num_inference_steps": 12})
     result = graph.handle.generate.remote(request).result(timeout_s=120)
     assert np.abs(pixels_of(result)[0].astype(int) - reference.draw(request).pixels.astype(int)).max() <= 1
+
+
+async def test_a_stage_s_own_error_comes_through_whole_and_is_not_retried(graph: Running) -> None:
+    decoder = serve.get_deployment_handle("VaeDecoder", "sdxl")
+    stages = remote_stages(decoder, decoder, None, decoder)
+    before = await stats("VaeDecoder")
+    with pytest.raises(PictureFailed, match="no finite picture"):
+        await stages.decode(np.full((4, 16, 16), np.nan, dtype=np.float32))
+    assert (await stats("VaeDecoder"))["batches"] == before["batches"] + 1
