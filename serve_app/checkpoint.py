@@ -27,6 +27,8 @@ _WEIGHTS_STEM = {
     "vae": "diffusion_pytorch_model",
 }
 
+_PROVENANCE = {"_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -64,11 +66,23 @@ class Checkpoint:
         )
 
     def digest(self, components: Iterable[str]) -> str:
-        """A hash over all files of the components: equal digests are equal weights and vocabularies."""
+        """A hash over what the components compute with: equal digests are equal weights, settings and vocabularies.
+
+        Weights of another variant that lie beside are not read, and neither is what a configuration says of
+        the program that wrote it.
+        """
         hasher = hashlib.sha256()
         for component in components:
-            for path in sorted(self.path(component).iterdir()):
-                hasher.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            paths = [path for path in self.path(component).iterdir() if path.suffix in (".json", ".txt")]
+            paths = [path for path in paths if ".index" not in path.name]
+            if component in _WEIGHTS_STEM:
+                paths += _weight_files(self.weights(component))
+            for path in sorted(paths):
+                hasher.update(path.name.encode() + b"\0")
+                if path.name in ("config.json", "tokenizer_config.json"):
+                    kept = {name: value for name, value in _read_json(path).items() if name not in _PROVENANCE}
+                    hasher.update(json.dumps(kept, sort_keys=True).encode())
+                    continue
                 with path.open("rb") as file:
                     hasher.update(hashlib.file_digest(file, "sha256").digest())
         return hasher.hexdigest()
@@ -140,15 +154,18 @@ def _check_tokenizer(folder: Path) -> None:
                 raise ConfigurationError(f"{folder}: no {name}")
 
 
-def _check_weights(path: Path) -> None:
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files behind `Checkpoint.weights`: itself, or what an index lists."""
     if path.suffix != ".json":
-        _check_safetensors(path)
-        return
-    for name in sorted(set(_read_json(path).get("weight_map", {}).values())):
-        shard = path.parent / name
-        if not shard.is_file():
-            raise ConfigurationError(f"{shard}: missing, though {path.name} lists it")
-        _check_safetensors(shard)
+        return [path]
+    return [path.parent / name for name in sorted(set(_read_json(path).get("weight_map", {}).values()))]
+
+
+def _check_weights(path: Path) -> None:
+    for file in _weight_files(path):
+        if not file.is_file():
+            raise ConfigurationError(f"{file}: missing, though {path.name} lists it")
+        _check_safetensors(file)
 
 
 def _check_safetensors(path: Path) -> None:

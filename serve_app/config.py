@@ -124,19 +124,24 @@ class AppConfig(_Strict):
         return self
 
 
-def check_max_ongoing_requests(config: AppConfig, value: int, where: str) -> None:
-    """A replica must be allowed to hold a full batch and the queue behind it, or Ray caps the batch silently."""
+def check_max_ongoing_requests(config: AppConfig, value: int, where: str, ingress_replicas: int = 1) -> None:
+    """A replica must be allowed to hold a full batch and the queue behind it, or Ray caps the batch silently.
+
+    Raises `ValueError`. The queue is what all replicas of the ingress may have taken in.
+    """
     largest_batch = max(
         config.base_denoiser.max_batch_rows,
         config.refiner_denoiser.max_batch_rows,
         config.text_encoder.max_batch_size,
         config.vae_decoder.max_batch_size,
     )
-    needed = largest_batch + config.limits.max_images_in_flight
+    needed = largest_batch + ingress_replicas * config.limits.max_images_in_flight
     if value < needed:
         raise ValueError(
             f"{where} is {value}, below {needed}: the largest batch ({largest_batch}) plus "
-            f"limits.max_images_in_flight ({config.limits.max_images_in_flight}); it would cap batches silently"
+            f"limits.max_images_in_flight ({config.limits.max_images_in_flight})"
+            + (f" for each of {ingress_replicas} ingress replicas" if ingress_replicas > 1 else "")
+            + "; it would cap batches silently"
         )
 
 

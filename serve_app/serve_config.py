@@ -5,13 +5,14 @@ Ray ignores unknown keys in these files without a word; here they are errors tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import AppConfig, check_max_ongoing_requests, parse_config
 from serve_app.errors import ConfigurationError
@@ -46,7 +47,8 @@ def check_serve_config(content: Any) -> ServeConfig:
     """Checks a config file's content."""
     if not isinstance(content, dict):
         raise ConfigurationError("not a Ray Serve config: no keys at the top")
-    _no_unknown_keys(content, ServeDeploySchema, "")
+    for key in unknown_keys(content, ServeDeploySchema):
+        raise ConfigurationError(f"{key}: unknown key")
     try:
         ServeDeploySchema.model_validate(content)
     except ValidationError as error:
@@ -56,36 +58,68 @@ def check_serve_config(content: Any) -> ServeConfig:
     if len(applications) != 1:
         raise ConfigurationError(f"applications: {len(applications)} given, one is served")
     (application,) = applications
-    _no_unknown_keys(application, ServeApplicationSchema, "applications.0.")
     if application.get("name") != APP_NAME:
         raise ConfigurationError(f"applications.0.name: {application.get('name')!r}, must be {APP_NAME!r}")
     app = parse_config(application.get("args") or {})
+    deployments = application.get("deployments") or []
+    _check_deployments(deployments, app)
     return ServeConfig(
         app=app,
-        deployments={
-            options["name"]: _deployment(options, app, f"applications.0.deployments.{position}.")
-            for position, options in enumerate(application.get("deployments") or [])
-        },
+        deployments={options["name"]: dict(options) for options in deployments},
         http_options=dict(content.get("http_options") or {}),
         proxy_location=str(content.get("proxy_location") or "EveryNode"),
     )
 
 
-def _deployment(options: dict[str, Any], app: AppConfig, where: str) -> dict[str, Any]:
-    _no_unknown_keys(options, DeploymentSchema, where)
-    _no_unknown_keys(options.get("ray_actor_options") or {}, RayActorOptionsSchema, f"{where}ray_actor_options.")
-    if options["name"] not in DEPLOYMENTS:
-        raise ConfigurationError(f"{where}name: {options['name']!r} is none of {', '.join(DEPLOYMENTS)}")
-    if "max_ongoing_requests" in options:
-        try:
-            check_max_ongoing_requests(app, options["max_ongoing_requests"], f"{where}max_ongoing_requests")
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from None
-    return dict(options)
+def _check_deployments(deployments: list[dict[str, Any]], app: AppConfig) -> None:
+    ingress_replicas = 1
+    for options in deployments:
+        if options["name"] == "Ingress":
+            ingress_replicas = _most_replicas(options)
+    seen = set()
+    for position, options in enumerate(deployments):
+        name, where = options["name"], f"applications.0.deployments.{position}"
+        if name not in DEPLOYMENTS:
+            raise ConfigurationError(f"{where}.name: {name!r} is none of {', '.join(DEPLOYMENTS)}")
+        if name in seen:
+            raise ConfigurationError(f"{where}.name: {name} is given twice")
+        seen.add(name)
+        if "max_ongoing_requests" in options:
+            _check_ongoing(app, options["max_ongoing_requests"], f"{where}.max_ongoing_requests", ingress_replicas)
+    _check_ongoing(app, app.max_ongoing_requests, "args.max_ongoing_requests", ingress_replicas)
 
 
-def _no_unknown_keys(given: dict[str, Any], schema: type[BaseModel], where: str) -> None:
-    known = {*schema.model_fields, *(info.alias for info in schema.model_fields.values() if info.alias)}
-    for key in given:
-        if key not in known:
-            raise ConfigurationError(f"{where}{key}: unknown key")
+def _check_ongoing(app: AppConfig, value: int, where: str, ingress_replicas: int) -> None:
+    try:
+        check_max_ongoing_requests(app, value, where, ingress_replicas)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _most_replicas(options: dict[str, Any]) -> int:
+    autoscaling = options.get("autoscaling_config") or {}
+    replicas = autoscaling.get("max_replicas") or options.get("num_replicas") or 1
+    return replicas if isinstance(replicas, int) else 100  # "auto" goes up to 100
+
+
+def unknown_keys(content: Any, model: type[BaseModel], where: str = "") -> Iterator[str]:
+    """Keys that Ray's schema does not know, and so ignores without a word, at any depth."""
+    fields = {info.alias or name: info for name, info in model.model_fields.items()} | model.model_fields
+    for key, value in content.items():
+        if key not in fields:
+            yield f"{where}{key}"
+            continue
+        items = {key: value}
+        if isinstance(value, list):
+            items = {f"{key}.{position}": item for position, item in enumerate(value)}
+        for inner in _models(fields[key].annotation):
+            for name, item in items.items():
+                if isinstance(item, dict):
+                    yield from unknown_keys(item, inner, f"{where}{name}.")
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The schemas among an annotation's alternatives and elements."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in get_args(annotation) for model in _models(argument)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +50,15 @@ def test_one_forward_pass_serves_base_and_refiner(tiny: Path, base: Checkpoint) 
 
 
 def test_a_refiner_with_other_files_has_its_own_encoder(tiny: Path, base: Checkpoint, tmp_path: Path) -> None:
-    import shutil
-
     other = Path(shutil.copytree(tiny / "refiner", tmp_path / "refiner"))
-    config = other / "tokenizer_2" / "tokenizer_config.json"
-    config.write_text(config.read_text() + " ")
+    config = other / "text_encoder_2" / "config.json"
+    settings = json.loads(config.read_text())
+    # Who wrote the files does not count, nor does another variant beside the weights ...
+    config.write_text(json.dumps(settings | {"transformers_version": "4.32.0", "_name_or_path": "elsewhere"}))
+    shutil.copy(other / "text_encoder_2" / "model.safetensors", other / "text_encoder_2" / "model.fp16.safetensors")
+    assert TextEncoders(base, Checkpoint(other, None), FLOAT32).refiner_shares_encoder
+    # ... but what it computes does.
+    config.write_text(json.dumps(settings | {"layer_norm_eps": 1e-3}))
     encoders = TextEncoders(base, Checkpoint(other, None), FLOAT32)
     assert not encoders.refiner_shares_encoder
     jobs = encoders.jobs(EncodeTask("p", "q", None, None, None, True, True, False))

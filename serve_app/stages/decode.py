@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from serve_app import checkpoint
 from serve_app.checkpoint import Checkpoint
 from serve_app.errors import PictureFailed
 from serve_app.stages.device import Compute
+
+logger = logging.getLogger("ray.serve")
 
 if TYPE_CHECKING:
     from serve_app.tasks import Bytes, Floats
@@ -45,7 +48,8 @@ class Decoder:
         if not all(finite) and self._vae.dtype != torch.float32:
             rows = [row for row, good in enumerate(finite) if not good]
             self.float32_retries += len(rows)
-            images[rows] = self._decode_in_float32(latents[rows])
+            for row in rows:
+                images[row] = self._decode_in_float32(latents[row : row + 1])[0]
             finite = images.isfinite().flatten(1).all(dim=1).tolist()
         # The arithmetic of diffusers' VaeImageProcessor.postprocess.
         pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -68,9 +72,13 @@ class Decoder:
         return self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0].float()
 
     def _decode_in_float32(self, latents: torch.Tensor) -> torch.Tensor:
+        """One picture. Where float32 does not fit into the replica's memory it stays not finite."""
         dtype = self._vae.dtype
-        self._vae.float()
         try:
+            self._vae.float()
             return self._decode(latents)
+        except torch.OutOfMemoryError:
+            logger.error("a picture is not finite in %s, and decoding it in float32 does not fit into memory", dtype)
+            return torch.full((1, 1, 1, 1), float("nan"), device=latents.device)
         finally:
             self._vae.to(dtype)
