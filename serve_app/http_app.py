@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from serve_app import __version__
 from serve_app.errors import (
@@ -86,7 +87,7 @@ def build_http_app(service: ImageService) -> FastAPI:
     @app.get("/imagine", tags=["Ray"], summary="A prompt in the address, a picture back", openapi_extra=_IMAGINE)
     async def imagine_picture(request: Request) -> Response:
         async def answer(request_id: str) -> Response:
-            asked = imagine.decode(request.query_params.multi_items())
+            asked = imagine.decode(request.scope["query_string"])
             result = await service.generate(asked.request, request_id)
             picture = result.images[0]
             response = Response(picture.data, media_type=MEDIA_TYPES[picture.output_format])
@@ -120,6 +121,8 @@ async def _answer(request: Request, answer: Callable[[str], Awaitable[Response]]
         if error.status >= 500:
             logger.warning("request %s: %s", request_id, error.message)
         response = _error(error, envelope)
+    except ClientDisconnect:
+        response = Response(status_code=499)  # nobody is there to read it
     except Exception:
         logger.exception("request %s failed", request_id)
         response = _error(InternalError(f"internal error; the log has it under request {request_id}"), envelope)

@@ -41,9 +41,10 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         self._key = key
         self._is_fatal = is_fatal
         self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
+        self._running: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-batch")
-        self._fault: Exception | None = None
+        self._fault: BaseException | None = None
         self._counts = {"batches": 0, "items": 0, "failed": 0, "cancelled": 0}
 
     async def submit(self, item: ItemT) -> ResultT:
@@ -65,8 +66,21 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         return self._counts | {"waiting": len(self._waiting)}
 
     async def _work(self) -> None:
+        try:
+            await self._run_batches()
+        except BaseException as error:
+            # Nothing above should raise; if it does, nobody may wait for ever.
+            self._fault = error
+            lost = StageUnavailable(f"this replica can't work any more: {error!r}", retry_after_s=1)
+            for _, future in [*self._running, *self._waiting]:
+                if not future.done():
+                    future.set_exception(lost)
+            raise
+
+    async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := self._take():
+            self._running = batch
             items = [item for item, _ in batch]
             for (_, future), outcome in zip(
                 batch, await loop.run_in_executor(self._thread, self._attempt, items), strict=True

@@ -90,7 +90,19 @@ async def draw(request: ResolvedRequest, stages: Stages, on_progress: OnProgress
             ]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return Drawing([image.result() for image in images], conditioning.warnings, watch.timings())
+    warnings = (*conditioning.warnings, *_idle_stages(request, watch))
+    return Drawing([image.result() for image in images], warnings, watch.timings())
+
+
+def _idle_stages(request: ResolvedRequest, watch: _Stopwatch) -> Iterator[str]:
+    """Few steps and an uneven split can leave a denoiser none; then it returns what it was given."""
+    if not request.refined:
+        return
+    split = f"num_inference_steps {request.num_inference_steps} and high_noise_frac {request.high_noise_frac:g}"
+    stages: tuple[tuple[StageName, str], ...] = (("denoise", "the base"), ("refine", "the refiner"))
+    for stage, model in stages:
+        if watch.spans[stage].steps == 0:
+            yield f"{model} takes no step: {split} leave it none, and its parameters have no effect"
 
 
 async def _draw_image(

@@ -1,7 +1,7 @@
-"""What a request means for the checkpoint that is served: defaults filled, limits checked, warnings said.
+"""What a request means for the checkpoint that is served: defaults filled, limits checked.
 
 Everything that can be refused is refused here, before anything is queued. A field that diffusers
-ignores in some combination is not refused but warned about: the picture stays the one diffusers gives.
+ignores in some combination is not refused but warned about (`effects.py`): the picture stays diffusers'.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.config import Limits
+from serve_app.effects import StageFacts, effect_warnings
 from serve_app.errors import InvalidRequest
 from serve_app.schema import MAX_SEED, ImageRequest, OutputFormat
 
@@ -139,7 +140,7 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         clip_skip=request.clip_skip,
         output_format=request.output_format,
         quality=DEFAULT_QUALITY if request.output_compression is None else request.output_compression,
-        warnings=tuple(_warnings(request, facts, refined)),
+        warnings=tuple(effect_warnings(request, _stage_facts(request, facts, refined))),
     )
 
 
@@ -157,85 +158,17 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         )
 
 
-def _warnings(request: ImageRequest, facts: ModelFacts, refined: bool) -> list[str]:
-    """What diffusers ignores of this request, a line each."""
-    warnings: list[str] = []
-    asked = request.model_fields_set
-
-    def ignored(name: str, why: str) -> None:
-        warnings.append(f"{name} has no effect: {why}")
-
-    guided = request.guidance_scale > 1
+def _stage_facts(request: ImageRequest, facts: ModelFacts, refined: bool) -> StageFacts:
     refiner_guidance = request.refiner_guidance_scale
-    refiner_guided = refined and (request.guidance_scale if refiner_guidance is None else refiner_guidance) > 1
-
-    if request.prompt_2 == "":
-        ignored("prompt_2", "it is empty, so prompt is used")
-    if not guided and not refiner_guided:
-        off = {
-            "negative_prompt": request.negative_prompt is not None,
-            "negative_prompt_2": request.negative_prompt_2 is not None,
-            "guidance_rescale": request.guidance_rescale > 0,
-            "negative_original_size": request.negative_original_size is not None,
-            "negative_crops_coords_top_left": request.negative_crops_coords_top_left != (0, 0),
-            "negative_target_size": request.negative_target_size is not None,
-        }
-        for name in (name for name, given in off.items() if given):
-            ignored(name, "guidance is off (guidance_scale is not above 1)")
-    else:
-        warnings += _negative_warnings(request, facts, guided, refiner_guided)
-    if request.eta > 0:
-        names = {request.scheduler or facts.native_scheduler}
-        if refined:
-            names.add(request.scheduler or facts.refiner_native_scheduler)
-        if not names & {"ddim", "DDIMScheduler"}:
-            ignored("eta", "only the ddim scheduler has it")
-    if not (refined and facts.refiner_takes_aesthetic_score):
-        why = "the base alone draws this picture" if not refined else "this refiner takes a target size instead"
-        for name in ("aesthetic_score", "negative_aesthetic_score"):
-            if name in asked:
-                ignored(name, why)
-    elif "negative_aesthetic_score" in asked and not refiner_guided:
-        ignored("negative_aesthetic_score", "the refiner's guidance is off")
-    if not refined and refiner_guidance is not None:
-        ignored("refiner_guidance_scale", "the base alone draws this picture")
-    if request.output_compression is not None and request.output_format == "png":
-        ignored("output_compression", "png is lossless")
-    if refined and (request.scheduler or facts.refiner_native_scheduler) in ("lms", "LMSDiscreteScheduler"):
-        warnings.append(
-            "scheduler lms starts the refiner with coefficients of order 4 over one derivative, as diffusers does: "
-            "its first step is too long; high_noise_frac 1 avoids it"
-        )
-    return warnings
-
-
-def _negative_warnings(request: ImageRequest, facts: ModelFacts, guided: bool, refiner_guided: bool) -> list[str]:
-    """What diffusers ignores of the negative fields where guidance acts in at least one stage."""
-    warnings: list[str] = []
-    if request.negative_prompt_2:
-        if not guided:
-            warnings.append("negative_prompt_2 has no effect: it reaches the base alone, whose guidance is off")
-        elif request.negative_prompt is None and facts.base_zeroes_missing_negative:
-            warnings.append(
-                "negative_prompt_2 has no effect without negative_prompt: this base replaces a missing "
-                "negative_prompt by zeros"
-            )
-    elif request.negative_prompt_2 == "":
-        warnings.append("negative_prompt_2 has no effect: it is empty, so negative_prompt is used")
-
-    base_sizes = guided and request.negative_original_size is not None and request.negative_target_size is not None
-    refiner_scored = refiner_guided and facts.refiner_takes_aesthetic_score
-    if request.negative_original_size is not None and not base_sizes and not refiner_guided:
-        warnings.append("negative_original_size has no effect without negative_target_size")
-    if request.negative_target_size is not None and not base_sizes and (not refiner_guided or refiner_scored):
-        why = " without negative_original_size" if guided else ": it reaches the base alone, whose guidance is off"
-        warnings.append(f"negative_target_size has no effect{why}")
-    if request.negative_crops_coords_top_left != (0, 0) and not base_sizes and not refiner_scored:
-        why = " without negative_original_size and negative_target_size" if guided else ": the base's guidance is off"
-        warnings.append(f"negative_crops_coords_top_left has no effect{why}")
-    if not guided and refiner_guided and request.negative_prompt is not None:
-        warnings.append("negative_prompt acts in the refiner alone: the base's guidance is off")
-    return warnings
+    return StageFacts(
+        refined=refined,
+        base_guided=request.guidance_scale > 1,
+        refiner_guided=refined and (request.guidance_scale if refiner_guidance is None else refiner_guidance) > 1,
+        base_scheduler=request.scheduler or facts.native_scheduler,
+        refiner_scheduler=request.scheduler or facts.refiner_native_scheduler,
+        base_zeroes_missing_negative=facts.base_zeroes_missing_negative,
+        refiner_takes_aesthetic_score=facts.refiner_takes_aesthetic_score,
+    )
 
 
 def parameters(request: ResolvedRequest, index: int) -> dict[str, Any]:
@@ -250,6 +183,9 @@ def parameters(request: ResolvedRequest, index: int) -> dict[str, Any]:
         unused |= {"aesthetic_score", "negative_aesthetic_score"}
     if request.refiner_guidance_scale <= 1:
         unused |= {"negative_aesthetic_score"}
+    for name in ("original_size", "target_size"):
+        if getattr(request, name) == (request.height, request.width):
+            unused.add(name)  # the default
     fields = {
         name: getattr(request, name)
         for name in ImageRequest.model_fields

@@ -8,6 +8,8 @@ steps, clip_skip) are checked in `resolve.py`.
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -73,11 +75,16 @@ class ImageRequest(BaseModel):
         description="Negative prompt for the base's second text encoder; `negative_prompt` where absent.",
     )
     width: int | None = Field(
-        None, ge=8, multiple_of=8, description="Width in pixels, a multiple of 8; the checkpoint's own if absent."
+        None,
+        ge=8,
+        le=65536,
+        multiple_of=8,
+        description="Width in pixels, a multiple of 8; the checkpoint's own if absent.",
     )
     height: int | None = Field(
         None,
         ge=8,
+        le=65536,
         multiple_of=8,
         description="Height in pixels, a multiple of 8; the checkpoint's own if absent.",
     )
@@ -136,6 +143,7 @@ class ImageRequest(BaseModel):
     clip_skip: int | None = Field(
         None,
         ge=0,
+        le=100,
         description="CLIP layers to skip before the penultimate one; bounded by the text encoders' layers.",
     )
     output_format: OutputFormat = Field("png", description="File format of the pictures.")
@@ -259,15 +267,22 @@ def _kind(annotation: Any) -> FieldKind:
     raise TypeError(f"{annotation}: no way to read it from text")
 
 
-def read_text(name: str, kind: FieldKind, texts: list[str]) -> Any:
+def read_text(name: str, kind: FieldKind, texts: Sequence[str]) -> Any:
     """A field's value from text. Raises `InvalidRequest` where the text is no such value."""
     if len(texts) != kind.values:
         raise InvalidRequest(
             f"{name}: needs {kind.values} value{'s' * (kind.values > 1)}, got {len(texts)}", param=name
         )
-    try:
-        values = [kind.base(text) for text in texts]
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind.base]
-        raise InvalidRequest(f"{name}: {' '.join(texts)!r} is not {wanted}", param=name) from None
+    # Python's own readers also take "1_000", full-width digits and "nan".
+    pattern, wanted = _NUMBERS.get(kind.base, (".*", ""))
+    for text in texts:
+        if not re.fullmatch(pattern, text, re.ASCII | re.DOTALL):
+            raise InvalidRequest(f"{name}: {text[:40]!r} is not {wanted}", param=name)
+    values = [kind.base(text) for text in texts]
     return values[0] if kind.values == 1 else tuple(values)
+
+
+_NUMBERS = {
+    int: (r"[+-]?\d{1,30}", "a whole number"),
+    float: (r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?", "a number"),
+}

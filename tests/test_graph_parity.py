@@ -49,6 +49,8 @@ def test_pixels(name: str, graph: Running, expected: dict[str, list[Expected]]) 
     steps = {timing.stage: timing.steps for timing in result.timings}
     assert steps["denoise"] == expected[name][0].steps["denoise"]
     assert steps["refine"] == expected[name][0].steps.get("refine", 0)
+    idle = [line for line in result.warnings if "takes no step" in line]
+    assert len(idle) == list(expected[name][0].steps.values()).count(0)
 
 
 class Recorder:

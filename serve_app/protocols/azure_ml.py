@@ -111,6 +111,9 @@ def _split_rows(table: dict[str, Any]) -> list[dict[str, Any]]:
         raise _bad(f"{unknown[0]!r} does not go with 'columns' and 'data'")
     rows = []
     for row in data:
+        if isinstance(row, dict):
+            rows.append(row)  # as image-to-image samples have it: an object a row, under its columns' names
+            continue
         cells = row if isinstance(row, list) else [row]
         if len(cells) != len(columns):
             raise _bad(f"a row of 'data' has {len(cells)} values for {len(columns)} columns")
@@ -143,8 +146,8 @@ def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any
             warnings.append("generator has no effect: send seed")
         elif name not in _PARAMETERS:
             warnings.append(unknown_field(name))
-        elif value is not None:
-            fields[_RENAMED.get(name, name)] = value
+        elif value is not None and fields.setdefault(_RENAMED.get(name, name), value) != value:
+            raise InvalidRequest(f"{name}: contradicts {_RENAMED.get(name, 'num_images_per_prompt')}", param=name)
     return fields
 
 

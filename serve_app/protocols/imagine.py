@@ -6,15 +6,16 @@ as two values: `original_size=512&original_size=768`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocols import unknown_field
 from serve_app.schema import FieldKind, ImageRequest, field_kinds, parse_request, read_text
 
 _KINDS = field_kinds()
+_MAX_FIELDS = 100
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Decoded:
     warnings: tuple[str, ...]
 
 
-def decode(query: Sequence[tuple[str, str]]) -> Decoded:
-    """A query's request. Raises `InvalidRequest`."""
-    texts: dict[str, list[str]] = {}
-    for name, text in query:
-        texts.setdefault(name, []).append(text)
+def decode(query: bytes) -> Decoded:
+    """The request of a query as it stands in the address, percent-encoded. Raises `InvalidRequest`."""
+    try:
+        texts = parse_qs(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS)
+    except UnicodeDecodeError:
+        raise InvalidRequest("the query is not UTF-8") from None
+    except ValueError:
+        raise InvalidRequest(f"the query has more than {_MAX_FIELDS} fields") from None
     fields: dict[str, Any] = {}
     if "img_size" in texts:
         size = read_text("img_size", FieldKind(int), texts.pop("img_size"))

@@ -1,0 +1,104 @@
+"""The four stages without models: what the layers above them are tested on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from serve_app.config import AppConfig, Limits
+from serve_app.pipeline import OnStep, Stages
+from serve_app.resolve import ModelFacts
+from serve_app.service import ImageService
+from serve_app.tasks import Conditioning, DenoiseTask, EncodeTask, Latents, StageConditioning
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Bytes, Floats
+
+FACTS = ModelFacts(
+    native_size_px=64,
+    clip_skip_max=3,
+    base_zeroes_missing_negative=True,
+    native_scheduler="EulerDiscreteScheduler",
+    refined=True,
+    refiner_native_scheduler="EulerDiscreteScheduler",
+    refiner_clip_skip_max=2,
+    refiner_takes_aesthetic_score=True,
+)
+BASE_ALONE = ModelFacts(
+    native_size_px=64, clip_skip_max=3, base_zeroes_missing_negative=True, native_scheduler="EulerDiscreteScheduler"
+)
+LIMITS = Limits()
+
+
+def conditioning() -> StageConditioning:
+    return StageConditioning(np.zeros((77, 8), np.float32), np.zeros(4, np.float32))
+
+
+@dataclass
+class FakeStages:
+    """Counts every call. A picture is one flat colour: its seed's.
+
+    `fail`: what a stage raises, by its name or by name and seed. `gate`: where given, every denoise
+    waits for it, or that of `held_seed` alone. `entered` is set once a denoise has begun.
+    """
+
+    fail: dict[str, Exception] = field(default_factory=dict)
+    gate: asyncio.Event | None = None
+    held_seed: int | None = None
+    warnings: tuple[str, ...] = ()
+    calls: list[str] = field(default_factory=list)
+    tasks: list[DenoiseTask] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stages(self) -> Stages:
+        return Stages(self._encode, self._denoise, self._refine, self._decode)
+
+    async def _encode(self, task: EncodeTask) -> Conditioning:
+        await self._begin("encode", None)
+        return Conditioning(conditioning(), conditioning() if task.refined else None, self.warnings)
+
+    async def _denoise(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        self.entered.set()
+        self.tasks.append(task)
+        try:
+            await self._begin("denoise", task.seed)
+            if self.gate is not None and self.held_seed in (None, task.seed):
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(f"denoise {task.seed}")
+            raise
+        return self._steps(task, 2, on_step)
+
+    async def _refine(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        self.tasks.append(task)
+        await self._begin("refine", task.seed)
+        return self._steps(task, 1, on_step)
+
+    async def _decode(self, latents: Floats) -> Bytes:
+        seed = int(latents[0, 0, 0])
+        await self._begin("decode", seed)
+        _, height, width = latents.shape
+        return np.full((height * 8, width * 8, 3), seed % 256, np.uint8)
+
+    async def _begin(self, stage: str, seed: int | None) -> None:
+        self.calls.append(stage if seed is None else f"{stage} {seed}")
+        await asyncio.sleep(0)
+        for name in (stage, f"{stage} {seed}"):
+            if name in self.fail:
+                raise self.fail[name]
+
+    @staticmethod
+    def _steps(task: DenoiseTask, steps: int, on_step: OnStep | None) -> Latents:
+        for step in range(1, steps + 1):
+            if on_step is not None:
+                on_step(step, steps)
+        samples = np.full((4, task.height // 8, task.width // 8), task.seed, np.float32)
+        return Latents(samples, np.zeros(1, np.uint8), steps)
+
+
+def service(stages: FakeStages, facts: ModelFacts = FACTS, **limits: int) -> ImageService:
+    return ImageService(AppConfig(limits=Limits(**limits)), facts, stages.stages())

@@ -1,0 +1,159 @@
+"""Imports point only to the same or a lower layer, and the light processes stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import serve_app
+
+PACKAGE = Path(serve_app.__file__).parent
+
+LAYERS = {
+    # pure: the standard library and pydantic
+    "serve_app": 0,
+    "serve_app.schema": 0,
+    "serve_app.config": 0,
+    "serve_app.errors": 0,
+    "serve_app.scheduling": 0,
+    "serve_app.resolve": 0,
+    "serve_app.effects": 0,
+    "serve_app.tasks": 0,
+    "serve_app.images": 0,
+    "serve_app.admission": 0,
+    "serve_app.protocols": 0,
+    "serve_app.protocols.json_body": 0,
+    "serve_app.protocols.openai": 0,
+    "serve_app.protocols.azure_ml": 0,
+    "serve_app.protocols.imagine": 0,
+    # tensors
+    "serve_app.checkpoint": 1,
+    "serve_app.sampling": 1,
+    "serve_app.stages": 1,
+    "serve_app.stages.device": 1,
+    "serve_app.stages.encode": 1,
+    "serve_app.stages.denoise": 1,
+    "serve_app.stages.decode": 1,
+    "serve_app.demo": 1,
+    "serve_app.demo.tiny": 1,
+    # asyncio
+    "serve_app.engine": 2,
+    "serve_app.micro_batch": 2,
+    "serve_app.pipeline": 2,
+    "serve_app.service": 2,
+    "serve_app.http_app": 2,
+    # Ray
+    "serve_app.deployments": 3,
+    "serve_app.deployments.calls": 3,
+    "serve_app.deployments.replica": 3,
+    "serve_app.deployments.text_encoder": 3,
+    "serve_app.deployments.denoiser": 3,
+    "serve_app.deployments.vae_decoder": 3,
+    "serve_app.deployments.ingress": 3,
+    "serve_app.graph": 3,
+    "serve_app.serve_config": 3,
+    # edges
+    "serve_app.local": 4,
+    "serve_app.cli": 4,
+}
+
+TENSORS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}
+WEB = {"fastapi", "starlette", "uvicorn"}
+FORBIDDEN = {1: WEB | {"ray"}, 2: TENSORS | {"ray"}, 3: set[str](), 4: TENSORS}
+MAY_SERVE_HTTP = {"serve_app.http_app", "serve_app.deployments.ingress"}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    lazy: bool  # within a function
+    typing_only: bool
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(path: Path) -> list[Import]:
+    return list(_walk(ast.parse(path.read_text(encoding="utf-8")), lazy=False, typing_only=False))
+
+
+def _walk(node: ast.AST, lazy: bool, typing_only: bool) -> Iterator[Import]:
+    lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(alias.name, node.lineno, lazy, typing_only)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module is not None, f"line {node.lineno}: a relative import"
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            yield Import(name if name in MODULES else node.module, node.lineno, lazy, typing_only)
+    elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        for child in node.body:
+            yield from _walk(child, lazy, True)
+        for child in node.orelse:
+            yield from _walk(child, lazy, typing_only)
+    else:
+        for part in ast.iter_child_nodes(node):
+            yield from _walk(part, lazy, typing_only)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) - set(LAYERS) == set(), "add the new module to LAYERS"
+    assert set(LAYERS) - set(MODULES) == set(), "LAYERS lists a module that is gone"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_to_the_same_or_a_lower_layer(name: str) -> None:
+    for used in _imports(MODULES[name]):
+        if used.module.split(".")[0] == "serve_app":
+            assert used.module in LAYERS, f"{name}:{used.line} imports {used.module}, which is no module of ours"
+            assert LAYERS[used.module] <= LAYERS[name], f"{name}:{used.line} imports {used.module}, a layer above"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if LAYERS.get(name) == 0))
+def test_a_pure_module_imports_the_standard_library_and_pydantic(name: str) -> None:
+    for used in _imports(MODULES[name]):
+        root = used.module.split(".")[0]
+        allowed = root in sys.stdlib_module_names or root in ("pydantic", "serve_app")
+        allowed = allowed or (used.typing_only and root in ("numpy", "PIL"))
+        allowed = allowed or (used.lazy and root == "PIL")
+        assert allowed, f"{name}:{used.line} imports {used.module}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if LAYERS.get(name)))
+def test_a_layer_keeps_out_what_is_not_its_own(name: str) -> None:
+    forbidden = FORBIDDEN[LAYERS[name]] | (set() if name in MAY_SERVE_HTTP else WEB)
+    for used in _imports(MODULES[name]):
+        if not used.typing_only:
+            assert used.module.split(".")[0] not in forbidden, f"{name}:{used.line} imports {used.module}"
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("serve_app.scheduling", ("torch", "ray", "diffusers", "numpy")),
+        ("serve_app.service", ("torch", "diffusers", "ray")),
+        ("serve_app.http_app", ("torch", "diffusers", "ray")),
+        ("serve_app.cli", ("torch", "diffusers", "ray")),
+        ("serve_app.deployments.ingress", ("torch", "diffusers")),
+    ],
+)
+def test_importing_it_loads_nothing_heavy(module: str, unwanted: tuple[str, ...]) -> None:
+    script = f"import sys, {module}; print(*[name for name in {unwanted!r} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
