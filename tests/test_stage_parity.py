@@ -44,7 +44,7 @@ _SOMETIMES: dict[str, list[Any]] = {
 
 def random_request(dice: random.Random) -> ImageRequest:
     fields: dict[str, Any] = {name: dice.choice(values) for name, values in _ALWAYS.items()}
-    fields |= {name: dice.choice(values) for name, values in _SOMETIMES.items() if dice.random() < 0.3}
+    fields |= {name: dice.choice(values) for name, values in _SOMETIMES.items() if dice.random() < 0.4}
     return parse_request(fields | {"seed": dice.randrange(2**40)})
 
 
@@ -106,7 +106,7 @@ def stages(tiny: Path) -> Graph:
     return Graph(tiny)
 
 
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(60))
 def test_random_requests(number: int, stages: Graph, reference: Reference) -> None:
     dice = random.Random(number)
     request = random_request(dice)
