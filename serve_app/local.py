@@ -77,8 +77,9 @@ def running(
             raise ConfigurationError(_reason(str(error))) from None
         yield Running(handle, f"http://{options['host']}:{options['port']}" if http else None)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        if address is not None:
+            serve.delete(APP_NAME)  # the cluster and what else it serves are not ours
+        ray.shutdown()  # a Ray of our own ends with it, replicas and all
 
 
 def _check_port_free(host: str, port: int) -> None:
