@@ -7,8 +7,9 @@
 
 PYTHON ?= python3
 PORT ?= 8000
-PROMPT ?= a small red circle above a large blue square
-OUTPUT ?= out.png
+# Through the environment, so that a quote or a dollar in a prompt is not the shell's.
+export PROMPT ?= a small red circle above a large blue square
+export OUTPUT ?= out.png
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -29,7 +30,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/sdxl-serve generate "$(PROMPT)" --num-inference-steps 25 -o "$(OUTPUT)"
+	$(BIN)/sdxl-serve generate "$$PROMPT" --num-inference-steps 25 -o "$$OUTPUT"
 
 serve: $(VENV)/.installed
 	$(BIN)/sdxl-serve serve --port $(PORT)

@@ -48,15 +48,19 @@ class Admission:
             self.in_flight -= images
             if finished and images:
                 self._left.append((self._clock(), images))
+                self._forget(self._clock())
 
     def retry_after_s(self, images: int) -> float:
         """Seconds until that many images fit, whole and at least 1, at the rate of the last minute."""
         now = self._clock()
-        while self._left and now - self._left[0][0] > _WINDOW_S:
-            self._left.popleft()
+        self._forget(now)
         if len(self._left) < 2:
             return _UNKNOWN_RATE_RETRY_S
         span = max(now - self._left[0][0], 0.001)
         rate = sum(count for _, count in self._left) / span
         missing = self.in_flight + images - self.max_images
         return float(min(max(math.ceil(missing / rate), 1), 600))
+
+    def _forget(self, now: float) -> None:
+        while self._left and now - self._left[0][0] > _WINDOW_S:
+            self._left.popleft()

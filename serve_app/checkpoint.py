@@ -12,10 +12,12 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from serve_app.config import AppConfig, ModelSource
 from serve_app.errors import ConfigurationError
+
+Role = Literal["base", "refiner"]
 
 BASE_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
 REFINER_COMPONENTS = ("text_encoder_2", "tokenizer_2", "unet", "scheduler")
@@ -113,8 +115,8 @@ def locate(source: ModelSource, components: Sequence[str]) -> Checkpoint:
     return Checkpoint(Path(folder), source.variant)
 
 
-def check(checkpoint: Checkpoint, components: Sequence[str]) -> None:
-    """Raises `ConfigurationError`, one line, where a component is missing, broken or doesn't fit."""
+def check(checkpoint: Checkpoint, components: Sequence[str], role: Role = "base") -> None:
+    """Raises `ConfigurationError`, one line, where a component is missing, broken or doesn't fit its role."""
     folder = checkpoint.folder
     if not folder.is_dir():
         raise ConfigurationError(f"{folder}: no such folder")
@@ -129,7 +131,7 @@ def check(checkpoint: Checkpoint, components: Sequence[str]) -> None:
             continue
         _check_weights(checkpoint.weights(component))
         if component == "unet":
-            _check_unet(checkpoint, config)
+            _check_unet(checkpoint, config, role)
 
 
 def check_sources(config: AppConfig, *, missing_ok: bool = False) -> None:
@@ -137,14 +139,16 @@ def check_sources(config: AppConfig, *, missing_ok: bool = False) -> None:
 
     With `missing_ok` a folder that is not on this machine passes: a head node has no model volume.
     """
-    for source, components in (
-        (config.base, tuple(c for c in BASE_COMPONENTS if c != "vae" or config.vae is None)),
-        (config.refiner, REFINER_COMPONENTS),
-        (config.vae, ("vae",)),
-    ):
+    base_components = tuple(c for c in BASE_COMPONENTS if c != "vae" or config.vae is None)
+    sources: list[tuple[ModelSource | None, tuple[str, ...], Role]] = [
+        (config.base, base_components, "base"),
+        (config.refiner, REFINER_COMPONENTS, "refiner"),
+        (config.vae, ("vae",), "base"),
+    ]
+    for source, components, role in sources:
         if source is None or source.folder is None or (missing_ok and not source.folder.exists()):
             continue
-        check(locate(source, components), components)
+        check(locate(source, components), components, role)
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -186,26 +190,30 @@ def _check_safetensors(path: Path) -> None:
         raise ConfigurationError(f"{path}: {size} bytes where its header says {expected}: an incomplete copy")
 
 
-def _check_unet(checkpoint: Checkpoint, unet: dict[str, Any]) -> None:
-    index = checkpoint.model_index()
-    folder = checkpoint.folder
+def _check_unet(checkpoint: Checkpoint, unet: dict[str, Any], role: Role) -> None:
+    where = checkpoint.path("unet")
     if unet.get("addition_embed_type") != "text_time" or unet.get("in_channels") != 4:
-        raise ConfigurationError(f"{folder / 'unet'}: not an SDXL text-to-image UNet (text_time, 4 latent channels)")
+        raise ConfigurationError(f"{where}: not an SDXL text-to-image UNet (text_time, 4 latent channels)")
     if unet.get("time_cond_proj_dim") is not None:
-        raise ConfigurationError(f"{folder / 'unet'}: guidance-distilled UNets (time_cond_proj_dim) are not served")
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if (folder / name / "config.json").is_file()]
-    if index.get("_class_name") == "StableDiffusionXLImg2ImgPipeline" and not _given(index, "text_encoder"):
-        encoders = ["text_encoder_2"]
-    width = sum(checkpoint.config(name)["hidden_size"] for name in encoders)
-    if encoders and unet.get("cross_attention_dim") not in (width, [width]):
+        raise ConfigurationError(f"{where}: guidance-distilled UNets (time_cond_proj_dim) are not served")
+    encoders = ("text_encoder", "text_encoder_2") if role == "base" else ("text_encoder_2",)
+    if not all((checkpoint.path(name) / "config.json").is_file() for name in encoders):
+        return  # a denoiser fetches its UNet alone; the encoders are the text encoder's to check
+    configs = [checkpoint.config(name) for name in encoders]
+    width = sum(config["hidden_size"] for config in configs)
+    if unet.get("cross_attention_dim") not in (width, [width]):
         raise ConfigurationError(
-            f"{folder / 'unet'}: expects text embeddings {unet.get('cross_attention_dim')} wide, "
+            f"{where}: expects text embeddings {unet.get('cross_attention_dim')} wide, a {role}'s "
             f"{' and '.join(encoders)} give {width}"
         )
-
-
-def _given(index: dict[str, Any], component: str) -> bool:
-    return any(part is not None for part in index.get(component) or [None])
+    scored = role == "refiner" and checkpoint.model_index().get("requires_aesthetics_score", False)
+    time_ids = 5 if scored else 6
+    needed = configs[-1]["projection_dim"] + time_ids * unet.get("addition_time_embed_dim", 0)
+    if unet.get("projection_class_embeddings_input_dim") != needed:
+        raise ConfigurationError(
+            f"{where}: expects {unet.get('projection_class_embeddings_input_dim')} added values where the pooled text "
+            f"and {time_ids} time ids give {needed} (requires_aesthetics_score is {bool(scored)})"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line. The flags of `generate` are made from `ImageRequest`. Loads Ray on use only, never torch."""
+"""The command line. The flags of `generate` are made from `ImageRequest`. Loads Ray and torch on use only."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from serve_app import __version__
 from serve_app.errors import ConfigurationError, ServiceError
+from serve_app.images import MEDIA_TYPES
 from serve_app.schema import (
     GeneratedImage,
     ImageRequest,
@@ -38,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (ConfigurationError, ServiceError) as error:
+        # What a replica raised comes in Ray's wrapper, which prints as a report of many lines.
+        print(f"sdxl-serve: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return 1
+    except OSError as error:
         print(f"sdxl-serve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,9 +104,7 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ImageRequest.model_fields if hasattr(options, name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    suffix = options.output.suffix.lower().lstrip(".").replace("jpg", "jpeg")
-    if "output_format" not in given and suffix in ("jpeg", "webp"):
-        given["output_format"] = suffix
+    _apply_output(options.output, given)
     request = parse_request(given)
     result = _draw_at(options.url, request) if options.url else _draw_here(options.config, request)
     for index, image in enumerate(result.images):
@@ -116,6 +119,17 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _apply_output(output: Path, given: dict[str, Any]) -> None:
+    """The file's suffix is its format; found wrong before anything is drawn."""
+    if not output.parent.is_dir():
+        raise ConfigurationError(f"{output.parent}: no such folder")
+    suffix = output.suffix.lower().lstrip(".").replace("jpg", "jpeg")
+    if suffix not in MEDIA_TYPES:
+        raise ConfigurationError(f"{output}: ends in none of .png, .jpg, .jpeg and .webp")
+    if given.setdefault("output_format", suffix) != suffix:
+        raise ConfigurationError(f"{output}: is no name for a {given['output_format']}")
+
+
 def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
     """Starts the graph, draws with a bar that moves at every denoising step, and ends it."""
     from tqdm import tqdm
@@ -127,10 +141,16 @@ def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
     print(f"starting the graph of {config_path.name} (four model deployments and the ingress) ...", file=sys.stderr)
     with running(config, http=False) as graph, tqdm(unit="step", dynamic_ncols=True) as bar:
         steps: dict[tuple[int, str], tuple[int, int]] = {}
-        for event in graph.handle.options(stream=True).stream.remote(request):
-            if isinstance(event, ImageResult):
-                return event
-            _show(bar, request, steps, event)
+        try:
+            for event in graph.handle.options(stream=True).stream.remote(request):
+                if isinstance(event, ImageResult):
+                    return event
+                _show(bar, request, steps, event)
+        except ServiceError:
+            raise
+        except Exception as error:  # Ray's, or a fault of a stage: a line here, the report in Ray's logs
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ServiceError(f"the graph failed: {lines[-1].strip()}") from None
     raise ServiceError("the graph ended without a result")
 
 
@@ -204,10 +224,10 @@ def _serve(options: argparse.Namespace) -> int:
     print(f"starting the graph of {options.config} ...", file=sys.stderr)
     started = time.monotonic()
     with running(config, host=options.host, port=options.port, address=options.address) as graph:
-        print(
-            f"ready at {graph.url} after {time.monotonic() - started:.0f} s; {graph.url}/docs; Ctrl-C ends it",
-            flush=True,
-        )
+        seconds = time.monotonic() - started
+        where = f"at {graph.url}" if graph.url else f"on the cluster at {graph.ray_address}"
+        print(f"ready {where} after {seconds:.0f} s; Ctrl-C ends it", flush=True)
+        print(f'Python handles: ray.init(address="{graph.ray_address}")', flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

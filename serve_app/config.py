@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.errors import ConfigurationError
 from serve_app.schema import MAX_STEPS
 
+_EMBEDDED = ("embedded:base", "embedded:refiner")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
@@ -40,6 +41,8 @@ class ModelSource(_Strict):
             raise ValueError(f"hub_id {self.hub_id} needs a revision of 40 hex digits")
         if self.path is not None and self.revision is not None:
             raise ValueError("revision goes with hub_id, not with path")
+        if self.path in ("", "embedded:") or ((self.path or "").startswith("embedded:") and self.path not in _EMBEDDED):
+            raise ValueError(f"path {self.path!r} names nothing; embedded are {' and '.join(_EMBEDDED)}")
         return self
 
     @property
@@ -92,6 +95,14 @@ class Limits(_Strict):
     max_images_in_flight: int = Field(
         128, ge=1, description="Images one ingress replica takes in at once; beyond it answers 503 with Retry-After."
     )
+
+    @model_validator(mode="after")
+    def _something_fits(self) -> Limits:
+        if self.min_side_px > self.max_side_px:
+            raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}")
+        if self.min_side_px**2 > self.max_pixels:
+            raise ValueError(f"max_pixels {self.max_pixels} is below min_side_px squared, {self.min_side_px**2}")
+        return self
 
 
 class AppConfig(_Strict):

@@ -56,7 +56,7 @@ class Runner(Protocol[TaskT_contra, StateT, OutputT, ResultT_co]):
 
 @dataclass
 class EngineStats:
-    """Counters since the start, and what is in the engine now. For tests, metrics and operators."""
+    """Counters since the start. For tests, metrics and operators."""
 
     max_rows: int
     passes: int = 0  # forward passes that succeeded
@@ -68,8 +68,6 @@ class EngineStats:
     failed: int = 0
     cancelled: int = 0
     max_steps_after_cancel: int = 0  # over all tasks: passes a task was in when its cancellation had arrived
-    active: int = 0
-    waiting: int = 0
 
 
 @dataclass(eq=False)
@@ -126,7 +124,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             raise StageUnavailable(f"the engine of this replica has stopped: {self._fault!r}", retry_after_s=1)
 
     def stats(self) -> dict[str, int]:
-        """The counters of `EngineStats`."""
+        """The counters of `EngineStats`, and the tasks in the engine now."""
         with self._wake:
             waiting = len(self._arrived)
         active = len(self._entries)
@@ -197,14 +195,18 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
     ) -> list[tuple[_Entry[TaskT, StateT, ResultT], OutputT]]:
         # A pass that raises is run again in halves, so that one task's fault (or a pass too large for
         # the memory left) is not its batch mates'.
+        outputs: Sequence[OutputT] | None = None
         try:
             outputs = self._runner.forward([entry.state for entry in entries if entry.state is not None])
         except Exception as error:
             if self._runner.is_fatal(error):
                 raise
+            # The traceback keeps all that the failed pass had allocated: it must be gone before the halves run.
+            error.__traceback__ = None
             if len(entries) == 1:
                 self._fail(entries[0], error)
                 return []
+        if outputs is None:
             self._stats.split_passes += 1
             middle = len(entries) // 2
             return self._forward(entries[:middle]) + self._forward(entries[middle:])

@@ -35,7 +35,7 @@ def build_graph(config: AppConfig, overrides: dict[str, dict[str, Any]] | None =
         "ray_actor_options": {"num_cpus": 0.1},  # bookkeeping: config files say what a replica really takes
         "health_check_period_s": 2,
         "graceful_shutdown_timeout_s": 120,  # above the time of a slow image
-        "max_constructor_retry_count": 1,  # a wrong checkpoint stays wrong: say so at once
+        "max_constructor_retry_count": 3,  # for a volume's hiccup; a wrong checkpoint fails in its first second
     }
 
     def options(name: str) -> dict[str, Any]:

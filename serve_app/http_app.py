@@ -5,6 +5,7 @@ Each route renders every error in its own protocol's envelope. Nothing here know
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -59,8 +60,8 @@ def build_http_app(service: ImageService) -> FastAPI:
         async def answer(request_id: str) -> Response:
             asked = openai.decode(await _body(request, limits.max_body_bytes), names)
             result = await service.generate(asked.request, request_id)
-            body = openai.encode(result, asked.response_format, asked.warnings)
-            return _with_headers(JSONResponse(body), [result], asked.warnings)
+            body = await _json(lambda: openai.encode(result, asked.response_format, asked.warnings))
+            return _with_headers(body, [result], asked.warnings)
 
         return await _answer(request, answer, openai.encode_error)
 
@@ -74,8 +75,8 @@ def build_http_app(service: ImageService) -> FastAPI:
             body = await _body(request, limits.max_body_bytes)
             asked = azure_ml.decode(body, request.headers.get("content-type"), limits.max_images_in_flight)
             results = await service.generate_all(asked.requests, request_id)
-            rows = azure_ml.encode(list(zip(asked.requests, results, strict=True)))
-            return _with_headers(JSONResponse(rows), results, asked.warnings)
+            rows = await _json(lambda: azure_ml.encode(list(zip(asked.requests, results, strict=True))))
+            return _with_headers(rows, results, asked.warnings)
 
         response = await _answer(request, answer, azure_ml.encode_error)
         request_id = response.headers.get("x-request-id") or request.headers["x-request-id"]
@@ -96,7 +97,7 @@ def build_http_app(service: ImageService) -> FastAPI:
 
         return await _answer(request, answer, openai.encode_error)
 
-    @app.get("/health", tags=["operations"], summary="Ready to draw")
+    @app.get("/health", tags=["operations"], summary="Alive: the ingress is up")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": names[0], "images_in_flight": service.admission.in_flight}
 
@@ -129,6 +130,12 @@ async def _answer(request: Request, answer: Callable[[str], Awaitable[Response]]
     if given is None:  # Ray's proxy gives every request an id and puts it on the answer itself
         response.headers["X-Request-Id"] = request_id
     return response
+
+
+async def _json(encode: Callable[[], Any]) -> Response:
+    """A JSON answer, encoded in a thread: pictures in base64 are megabytes."""
+    content = await asyncio.to_thread(lambda: json.dumps(encode(), separators=(",", ":")).encode())
+    return Response(content, media_type="application/json")
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:

@@ -17,10 +17,11 @@ from serve_app.serve_config import ServeConfig
 
 @dataclass(frozen=True)
 class Running:
-    """A graph that is up: the application's handle and its HTTP address."""
+    """A graph that is up."""
 
     handle: Any  # ray.serve.handle.DeploymentHandle of the ingress
-    url: str | None
+    url: str | None  # of its HTTP, where it was started here
+    ray_address: str  # for `ray.init` in other processes
 
 
 @contextmanager
@@ -34,18 +35,24 @@ def running(
 ) -> Iterator[Running]:
     """Runs the graph until the block ends, with HTTP or for its handle alone.
 
-    Starts a Ray instance on this machine, or joins the one at `address`. It never attaches to whatever
-    cluster happens to run here, as a bare `ray.init()` would. Checks come before anything is started;
-    a deployment that fails is one line in a `ConfigurationError`.
+    Starts a Ray instance on this machine, or joins the one at `address`, whose HTTP stays as it is. It never
+    attaches to whatever cluster happens to run here, as a bare `ray.init()` would. Checks come before
+    anything is started; a deployment that fails is one line in a `ConfigurationError`.
     """
+    if config.only_by_ray:
+        raise ConfigurationError(f"{config.only_by_ray[0]}: not supported here; `serve run` and KubeRay take it")
+    if address is not None and (host is not None or port is not None):
+        raise ConfigurationError("a host and a port are for a Ray of our own, not for the one at an address")
     check_sources(config.app)
     options = dict(config.http_options)
     options["host"] = host or options.get("host", "127.0.0.1")
     options["port"] = options.get("port", 8000) if port is None else port
-    if http and address is None:
+    own = address is None
+    if http and own:
         _check_port_free(options["host"], options["port"])
-    # Ray turns token authentication on for local clusters, and then its own tools lack the token.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if own:
+        # Ray turns token authentication on for local clusters, and then its own tools lack the token.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 
@@ -54,13 +61,8 @@ def running(
 
     from serve_app.graph import APP_NAME, build_graph
 
-    ray.init(
-        address=address or "local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        namespace="serve",
-    )
+    start: dict[str, Any] = {"address": "local", "include_dashboard": False} if own else {"address": address}
+    ray.init(**start, log_to_driver=False, logging_level="ERROR", namespace="serve")
     try:
         if http:
             serve.start(proxy_location=config.proxy_location, http_options=options)
@@ -70,25 +72,29 @@ def running(
             handle = serve.run(
                 build_graph(config.app, config.deployments),
                 name=APP_NAME,
-                route_prefix="/",
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
+                route_prefix=config.route_prefix,
+                logging_config=config.logging_config,
             )
         except RuntimeError as error:
             raise ConfigurationError(_reason(str(error))) from None
-        yield Running(handle, f"http://{options['host']}:{options['port']}" if http else None)
+        url = f"http://{options['host']}:{options['port']}{config.route_prefix.rstrip('/')}"
+        yield Running(handle, url if http and own else None, ray.get_runtime_context().gcs_address)
     finally:
-        if address is not None:
+        if not own:
             serve.delete(APP_NAME)  # the cluster and what else it serves are not ours
         ray.shutdown()  # a Ray of our own ends with it, replicas and all
 
 
 def _check_port_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigurationError(f"port {port} on {host}: {error.strerror}") from None
+    if not 0 < port < 2**16:
+        raise ConfigurationError(f"port {port} on {host}: there is no such port")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ConfigurationError(f"port {port} on {host}: {error.strerror}") from None
 
 
 def _reason(message: str) -> str:

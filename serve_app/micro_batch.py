@@ -93,6 +93,7 @@ class MicroBatcher(Generic[ItemT, ResultT]):
                     future.set_exception(outcome.error)
                 else:
                     future.set_result(outcome)
+            self._running = []
 
     def _take(self) -> list[tuple[ItemT, asyncio.Future[ResultT]]]:
         alive = [(item, future) for item, future in self._waiting if not future.done()]
@@ -113,18 +114,22 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         if self._fault is not None:
             lost = StageUnavailable(f"this replica's device is lost: {self._fault!r}", retry_after_s=1)
             return [_Failure(lost) for _ in items]
+        results: list[ResultT] | None
         try:
             results = list(self._run(items))
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for {len(items)} items")
         except Exception as error:
+            # The traceback keeps all that the failed pass had allocated: it must be gone before the halves run.
+            error.__traceback__ = None
             if self._is_fatal(error):
                 self._fault = error
-                return self._attempt(items)
-            if len(items) == 1:
+            elif len(items) == 1:
                 return [_Failure(error)]
-            middle = len(items) // 2
-            return self._attempt(items[:middle]) + self._attempt(items[middle:])
+            results = None
+        if results is None:
+            middle = len(items) // 2 if self._fault is None else len(items)
+            return self._attempt(items[:middle]) + (self._attempt(items[middle:]) if items[middle:] else [])
         self._counts["batches"] += 1
         self._counts["items"] += len(items)
         return list(results)

@@ -13,7 +13,7 @@ from typing import Any
 
 from serve_app.config import Limits
 from serve_app.effects import StageFacts, effect_warnings
-from serve_app.errors import InvalidRequest
+from serve_app.errors import ConfigurationError, InvalidRequest
 from serve_app.schema import MAX_SEED, ImageRequest, OutputFormat
 
 DEFAULT_HIGH_NOISE_FRAC = 0.8
@@ -142,6 +142,16 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         quality=DEFAULT_QUALITY if request.output_compression is None else request.output_compression,
         warnings=tuple(effect_warnings(request, _stage_facts(request, facts, refined))),
     )
+
+
+def check_native_size(native_size_px: int, limits: Limits) -> None:
+    """Raises `ConfigurationError` where a request that names no size would be refused."""
+    try:
+        _check_size(native_size_px, native_size_px, limits)
+    except InvalidRequest as error:
+        raise ConfigurationError(
+            f"args.limits: the checkpoint's own size of {native_size_px} px is refused: {error.message}"
+        ) from None
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:

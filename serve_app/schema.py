@@ -148,7 +148,10 @@ class ImageRequest(BaseModel):
     )
     output_format: OutputFormat = Field("png", description="File format of the pictures.")
     output_compression: int | None = Field(
-        None, ge=0, le=100, description="Quality of a jpeg or webp, 0 to 100; 95 if absent. PNG has none."
+        None,
+        ge=0,
+        le=100,
+        description="Quality of a jpeg or webp, 0 to 100; 95 if absent. PNG has none; JPEG takes 0 for 1.",
     )
 
     @field_validator("prompt")

@@ -18,6 +18,11 @@ from serve_app.config import AppConfig, check_max_ongoing_requests, parse_config
 from serve_app.errors import ConfigurationError
 from serve_app.graph import APP_NAME, DEPLOYMENTS
 
+IMPORT_PATH = "serve_app.graph:build_app"
+_TAKEN = {"proxy_location", "http_options", "logging_config", "applications"}
+_TAKEN_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments", "logging_config"}
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -27,6 +32,9 @@ class ServeConfig:
     deployments: dict[str, dict[str, Any]]  # deployment name -> options
     http_options: dict[str, Any]
     proxy_location: str
+    route_prefix: str
+    logging_config: dict[str, Any]
+    only_by_ray: tuple[str, ...] = ()  # settings that Ray's own ways of deploying take, `sdxl-serve serve` doesn't
 
 
 def read_serve_config(path: Path) -> ServeConfig:
@@ -35,7 +43,7 @@ def read_serve_config(path: Path) -> ServeConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         return check_serve_config(content)
@@ -58,6 +66,8 @@ def check_serve_config(content: Any) -> ServeConfig:
     if len(applications) != 1:
         raise ConfigurationError(f"applications: {len(applications)} given, one is served")
     (application,) = applications
+    if application.get("import_path") != IMPORT_PATH:
+        raise ConfigurationError(f"applications.0.import_path: {application.get('import_path')!r}, not {IMPORT_PATH}")
     if application.get("name") != APP_NAME:
         raise ConfigurationError(f"applications.0.name: {application.get('name')!r}, must be {APP_NAME!r}")
     app = parse_config(application.get("args") or {})
@@ -68,6 +78,12 @@ def check_serve_config(content: Any) -> ServeConfig:
         deployments={options["name"]: dict(options) for options in deployments},
         http_options=dict(content.get("http_options") or {}),
         proxy_location=str(content.get("proxy_location") or "EveryNode"),
+        route_prefix=application.get("route_prefix", "/") or "/",
+        logging_config=application.get("logging_config") or content.get("logging_config") or _QUIET,
+        only_by_ray=(
+            *(key for key in content if key not in _TAKEN),
+            *(f"applications.0.{key}" for key in application if key not in _TAKEN_OF_APPLICATION),
+        ),
     )
 
 
@@ -81,6 +97,8 @@ def _check_deployments(deployments: list[dict[str, Any]], app: AppConfig) -> Non
         name, where = options["name"], f"applications.0.deployments.{position}"
         if name not in DEPLOYMENTS:
             raise ConfigurationError(f"{where}.name: {name!r} is none of {', '.join(DEPLOYMENTS)}")
+        if name == "Refiner" and app.refiner is None:
+            raise ConfigurationError(f"{where}.name: Refiner, but args.refiner is absent")
         if name in seen:
             raise ConfigurationError(f"{where}.name: {name} is given twice")
         seen.add(name)

@@ -120,3 +120,11 @@ def test_requests_of_no_images_are_no_rate() -> None:
             pass
     with admission.hold(4):
         assert overloaded(admission, 1).retry_after_s == 5
+
+
+def test_what_left_long_ago_is_forgotten_without_anyone_asking() -> None:
+    clock = Clock()
+    admission = Admission(4, clock)
+    for _ in range(1000):
+        draw(admission, clock, 1, 1.0)
+    assert len(admission._left) <= 62

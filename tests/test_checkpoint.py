@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def fault(folder: Path, variant: str | None = None) -> str:
 
 def test_whole_checkpoints_pass(tiny: Path) -> None:
     check(Checkpoint(tiny / "base", None), BASE_COMPONENTS)
-    check(Checkpoint(tiny / "refiner", None), REFINER_COMPONENTS)
+    check(Checkpoint(tiny / "refiner", None), REFINER_COMPONENTS, "refiner")
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -99,6 +100,34 @@ def test_components_that_do_not_fit(base: Path) -> None:
     assert "guidance-distilled" in fault(base)
     path.write_text(json.dumps(config | {"addition_embed_type": None}))
     assert "not an SDXL" in fault(base)
+
+
+@pytest.mark.parametrize(("role", "components"), [("base", BASE_COMPONENTS), ("refiner", REFINER_COMPONENTS)])
+def test_each_deployment_is_content_with_its_own_components(
+    tiny: Path, tmp_path: Path, role: Literal["base", "refiner"], components: tuple[str, ...]
+) -> None:
+    """A replica fetches its own component alone: nothing else need be there."""
+    for part in (("unet", "scheduler"), tuple(c for c in components if c.startswith(("text", "tok")))):
+        folder = tmp_path / "-".join(part)
+        folder.mkdir()
+        shutil.copy(tiny / role / "model_index.json", folder)
+        for component in part:
+            shutil.copytree(tiny / role / component, folder / component)
+        check(Checkpoint(folder, None), part, role)
+
+
+def test_a_base_is_no_refiner_and_the_other_way_round(tiny: Path, base: Path) -> None:
+    with pytest.raises(ConfigurationError, match="a refiner's text_encoder_2 give 32"):
+        check(Checkpoint(base, None), REFINER_COMPONENTS, "refiner")
+    refiner = tiny / "refiner"
+    with pytest.raises(ConfigurationError, match="no text_encoder folder"):
+        check(Checkpoint(refiner, None), BASE_COMPONENTS)
+    shutil.rmtree(base)
+    shutil.copytree(refiner, base)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": False}))
+    with pytest.raises(ConfigurationError, match=r"6 time ids give .* \(requires_aesthetics_score is False\)"):
+        check(Checkpoint(base, None), REFINER_COMPONENTS, "refiner")
 
 
 def test_the_builder_checks_what_is_here_and_needs_nothing(base: Path, tmp_path: Path) -> None:

@@ -39,15 +39,17 @@ def test_every_field_is_a_flag() -> None:
         (["generate", "x", "--width", "100"], "sdxl-serve: width: input should be a multiple of 8"),
         (["generate", ""], "sdxl-serve: prompt: is empty"),
         (["check", "nowhere.yaml"], "sdxl-serve: nowhere.yaml: No such file or directory"),
-        (
-            ["generate", "x", "--url", "http://127.0.0.1:9"],
-            "sdxl-serve: http://127.0.0.1:9: [Errno 111] Connection refused",
-        ),
+        (["generate", "x", "-o", "nowhere/x.png"], "sdxl-serve: nowhere: no such folder"),
+        (["generate", "x", "-o", "x.gif"], "sdxl-serve: x.gif: ends in none of .png, .jpg, .jpeg and .webp"),
+        (["generate", "x", "-o", "x.jpg", "--output-format", "png"], "sdxl-serve: x.jpg: is no name for a png"),
+        (["serve", "--port", "70000"], "sdxl-serve: port 70000 on 127.0.0.1: "),
+        (["serve", "--port", "1", "--address", "x:1"], "sdxl-serve: a host and a port are for a Ray of our own"),
+        (["generate", "x", "--url", "http://127.0.0.1:9"], "sdxl-serve: http://127.0.0.1:9: "),
     ],
 )  # fmt: skip
 def test_faults_are_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == line
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
 
 
 def written(tmp_path: Path, change: Any) -> Path:
@@ -65,12 +67,29 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda c: c["applications"][0]["args"].update(bass={}), "args.bass: unknown key"),
         (lambda c: c["applications"][0]["deployments"][0].update(num_replica=2), "num_replica: unknown key"),
         (lambda c: c["applications"][0]["deployments"][1].update(max_ongoing_requests=5), "cap batches silently"),
+        (lambda c: c["applications"][0].update(import_path="other:app"), "import_path: 'other:app'"),
+        (lambda c: c["applications"][0]["args"].pop("refiner"), "Refiner, but args.refiner is absent"),
+        (
+            lambda c: c["applications"][0]["args"]["limits"].update(max_side_px=8),
+            "min_side_px 64 is above max_side_px 8",
+        ),
+        (
+            lambda c: c["applications"][0]["args"].update(base={"path": "embedded:bass"}),
+            "names nothing",
+        ),
         (lambda c: c["applications"][0]["args"].update(base={"path": "/nowhere"}), "/nowhere: no such folder"),
         (lambda c: c["applications"][0]["args"].update(base={"hub_id": "a/b", "revision": "main"}), "40 hex digits"),
     ):
         assert main(["check", str(written(tmp_path, change))]) == 1
         error = capsys.readouterr().err
         assert complaint in error and error.count("\n") == 1
+
+
+def test_serve_refuses_what_only_rays_own_way_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, lambda c: c["applications"][0].update(runtime_env={"env_vars": {"A": "1"}}))
+    assert main(["check", str(path)]) == 0
+    assert main(["serve", str(path)]) == 1
+    assert "applications.0.runtime_env: not supported here" in capsys.readouterr().err
 
 
 def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:
@@ -81,6 +100,18 @@ def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:
         ended = run("serve", "--port", port)
         assert ended.returncode == 1
         assert f"port {port} on 127.0.0.1: Address already in use" in ended.stderr
+
+
+BY_HANDLE = """
+import sys, ray
+from ray import serve
+from serve_app.schema import ImageRequest
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+handle = serve.get_app_handle("sdxl")
+result = handle.generate.remote(ImageRequest(prompt="a kite", seed=3, num_inference_steps=5)).result()
+print(result.images[0].seed, result.warnings, result.images[0].to_pil().width)
+"""
 
 
 def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Reference, tmp_path: Path) -> None:
@@ -104,11 +135,17 @@ def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Ref
     try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(f"ready at http://127.0.0.1:{port}")
+        ray_address = process.stdout.readline().split('"')[1]
         fields = {"prompt": "a kite", "seed": 3, "num_inference_steps": 5}
         answer = httpx.get(f"http://127.0.0.1:{port}/imagine", params=fields, timeout=60)
         assert answer.status_code == 200
         picture = tmp_path / "kite.png"
         picture.write_bytes(answer.content)
+        by_handle = subprocess.run(
+            [sys.executable, "-c", BY_HANDLE, ray_address],
+            capture_output=True, text=True, timeout=60, env=environment | {"RAY_AUTH_MODE": "disabled"},
+        )  # fmt: skip
+        assert by_handle.stdout.strip() == "3 [] 128", by_handle.stderr
     finally:
         process.send_signal(signal.SIGINT)
         code = process.wait(timeout=60)
@@ -137,3 +174,11 @@ def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None
     assert ended.stderr.strip().splitlines()[-1].startswith("sdxl-serve: ")
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_request_that_only_the_graph_can_refuse_is_one_line(tmp_path: Path) -> None:
+    ended = run("generate", "x", "--width", "512", "-o", str(tmp_path / "x.png"))
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == "sdxl-serve: width: 512 px is outside this service's 64 to 256"
+    assert "Traceback" not in ended.stderr

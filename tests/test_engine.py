@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -430,3 +431,35 @@ async def test_a_caller_whose_event_loop_is_gone_does_not_stop_the_engine() -> N
         assert await engine.run(Task("after")) == Result("after", (0,))
         assert "gone" in runner.begun
         abandoned[0]._log_destroy_pending = False  # type: ignore[attr-defined]
+
+
+async def test_a_failed_pass_lets_go_of_its_memory_before_its_halves_run() -> None:
+    """Out of memory is mended by smaller passes alone if what the large one had allocated is gone by then."""
+
+    class Activations:
+        pass
+
+    left_behind: list[bool] = []
+    alive: list[weakref.ref[Activations]] = []
+
+    class FullDevice(CountingRunner):
+        def forward(self, states: Sequence[State]) -> list[int]:
+            left_behind.append(any(reference() is not None for reference in alive))
+            activations = Activations()
+            alive.append(weakref.ref(activations))
+            if len(states) > 1:
+                raise MemoryError
+            return super().forward(states)
+
+        def begin(self, task: Task) -> State:
+            assert all_have_arrived.wait(DEADLINE_S)
+            return super().begin(task)
+
+    all_have_arrived = threading.Event()
+    engine: Engine = StepEngine(FullDevice(), 4, "test")
+    tasks = await start(engine, *(Task(name, steps=2) for name in "abcd"))
+    all_have_arrived.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
+    assert engine.stats()["split_passes"] >= 1
+    assert not any(left_behind)
+    engine.close()

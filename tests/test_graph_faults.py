@@ -23,7 +23,7 @@ from tests.reference import Reference
 from tests.test_graph_batching import stats
 from tests.test_graph_parity import far_apart, pixels_of
 
-LONG = {"prompt": "a long way", "num_inference_steps": 200, "seed": 4}
+LONG = {"prompt": "a long way", "num_inference_steps": 200, "seed": 4, "width": 256, "height": 256}
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -325,3 +326,26 @@ async def test_no_entries_keeps_nothing_and_still_shares() -> None:
     assert compute.begun == 1
     assert cache.stats()["cache_entries"] == 0
     assert await cache.get("k", at_once("new")) == "new"
+
+
+async def test_a_failed_batch_lets_go_of_its_memory_before_its_halves_run() -> None:
+    class Activations:
+        pass
+
+    left_behind: list[bool] = []
+    alive: list[weakref.ref[Activations]] = []
+
+    def run(items: Sequence[str]) -> list[str]:
+        left_behind.append(any(reference() is not None for reference in alive))
+        activations = Activations()
+        alive.append(weakref.ref(activations))
+        if len(items) > 1:
+            raise MemoryError
+        return list(items)
+
+    batcher: MicroBatcher[str, str] = MicroBatcher(
+        run, max_batch_size=4, key=len, is_fatal=lambda _: False, name="test"
+    )
+    assert await asyncio.gather(*(batcher.submit(item) for item in "abcd")) == list("abcd")
+    assert len(left_behind) == 7
+    assert not any(left_behind)

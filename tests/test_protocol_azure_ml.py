@@ -286,3 +286,24 @@ def test_the_answer_is_the_servers_with_a_row_an_image() -> None:
 
 def test_an_error_is_a_message() -> None:
     assert azure_ml.encode_error(Overloaded("full", retry_after_s=1)) == {"message": "full"}
+
+
+def test_parameters_that_contradict_each_other_are_refused() -> None:
+    body = {"input_data": {"prompt": ["p"], "parameters": {"seed": 1}}, "params": {"seed": 2}}
+    assert refusal(body).message == "params: seed is given twice and differs"
+    body = {"input_data": {"prompt": ["p"]}, "parameters": {"n": 2, "num_images_per_prompt": 3}}
+    assert "contradicts" in refusal(body).message
+
+
+def test_a_null_cell_falls_back_to_the_parameters_and_a_row_of_its_own_is_said() -> None:
+    table = {"prompt": ["p", "q"], "negative_prompt": [None, "rain"], "parameters": {"negative_prompt": "fog"}}
+    decoded = decode({"input_data": table})
+    assert [request.negative_prompt for request in decoded.requests] == ["fog", "rain"]
+    assert decoded.warnings == ("negative_prompt of the parameters has no effect on rows with their own",)
+
+
+def test_unknown_columns_are_said_once_and_few_are_named() -> None:
+    table = {"prompt": ["p", "q"]} | {f"column {number}": [1, 2] for number in range(50)}
+    warnings = decode({"input_data": table}).warnings
+    assert len(warnings) == 21
+    assert warnings[-1] == "30 more fields are unknown and were ignored"

@@ -221,3 +221,8 @@ def test_the_schema_has_every_field_that_is_read_and_its_example_is_accepted() -
     schema = openai.generations_schema()
     assert set(schema["properties"]) == {*ImageRequest.model_fields, *openai.OpenAIFields.model_fields}
     assert decode(**schema["example"]).warnings == ()
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    error = refusal(b'{"prompt": "p", "seed": 1, "seed": 2}')
+    assert error.message == "the body is not valid JSON: 'seed' stands twice in one object"

@@ -12,7 +12,7 @@ import torch
 
 from serve_app.checkpoint import Checkpoint
 from serve_app.config import ComputeConfig
-from serve_app.errors import PictureFailed
+from serve_app.errors import ConfigurationError, PictureFailed
 from serve_app.stages.decode import Decoder
 from serve_app.stages.denoise import Denoiser
 from serve_app.stages.device import Compute, is_context_broken, set_up
@@ -32,9 +32,16 @@ def test_auto_is_float32_on_the_cpu() -> None:
     assert set_up(ComputeConfig(dtype="bfloat16")).dtype == torch.bfloat16
 
 
+def test_a_gpu_that_was_not_booked_is_not_used() -> None:
+    with pytest.raises(ConfigurationError, match="no num_gpus"):
+        set_up(ComputeConfig(device="cuda"), gpu_fraction=0.0)
+
+
 def test_a_broken_context_is_told_from_a_full_memory() -> None:
     assert is_context_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_context_broken(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_context_broken(RuntimeError("CUDA error: out of memory"))
+    assert is_context_broken(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
     assert not is_context_broken(RuntimeError("shape mismatch"))
 
 

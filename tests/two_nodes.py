@@ -16,12 +16,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def main(folder: Path, output: Path) -> None:
-    import ray
     from ray import serve
     from ray.cluster_utils import Cluster
 
     from serve_app.config import parse_config
-    from serve_app.graph import build_graph
+    from serve_app.local import running
+    from serve_app.serve_config import ServeConfig
     from tests.cases import TRAFFIC
 
     compute = {"device": "cpu", "torch_threads": 1}
@@ -32,28 +32,25 @@ def main(folder: Path, output: Path) -> None:
             **dict.fromkeys(("text_encoder", "base_denoiser", "refiner_denoiser", "vae_decoder"), compute),
         }
     )
-    # Each denoiser asks for a resource that one node alone has.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"base_node": 1}})
     cluster.add_node(num_cpus=2, resources={"refiner_node": 1})
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
+    # Each denoiser asks for a resource that one node alone has.
+    apart = {
+        "BaseDenoiser": {"ray_actor_options": {"num_cpus": 0.1, "resources": {"base_node": 1}}},
+        "Refiner": {"ray_actor_options": {"num_cpus": 0.1, "resources": {"refiner_node": 1}}},
+    }
+    serve_config = ServeConfig(config, apart, {}, "EveryNode", "/", {"log_level": "WARNING"})
     try:
-        serve.start(proxy_location="Disabled")
-        apart = {
-            "BaseDenoiser": {"ray_actor_options": {"num_cpus": 0.1, "resources": {"base_node": 1}}},
-            "Refiner": {"ray_actor_options": {"num_cpus": 0.1, "resources": {"refiner_node": 1}}},
-        }
-        handle = serve.run(build_graph(config, apart), name="sdxl")
-        nodes = [
-            serve.get_deployment_handle(name, "sdxl").stats.remote().result()["node"]
-            for name in ("BaseDenoiser", "Refiner")
-        ]
-        responses = [handle.generate.remote(request) for request in TRAFFIC[:6]]
-        pixels = [np.array(response.result().images[0].to_pil()) for response in responses]
-        np.savez(output, *pixels, nodes=np.array(nodes))
+        with running(serve_config, http=False, address=cluster.address) as graph:
+            nodes = [
+                serve.get_deployment_handle(name, "sdxl").stats.remote().result()["node"]
+                for name in ("BaseDenoiser", "Refiner")
+            ]
+            responses = [graph.handle.generate.remote(request) for request in TRAFFIC[:6]]
+            pixels = [np.array(response.result().images[0].to_pil()) for response in responses]
+            np.savez(output, *pixels, nodes=np.array(nodes))
     finally:
-        serve.shutdown()
-        ray.shutdown()
         cluster.shutdown()
 
 

@@ -37,19 +37,19 @@ def remote_stages(
         raise AssertionError("no refiner is configured")
 
     return Stages(
-        encode=lambda task: _retried("encode", lambda: _result(encoder.encode.remote(task))),
+        encode=lambda task: retried("encode", lambda: _result(encoder.encode.remote(task))),
         denoise=_denoise("denoise", base),
         refine=no_refiner if refiner is None else _denoise("refine", refiner),
-        decode=lambda latents: _retried("decode", lambda: _result(decoder.decode.remote(latents))),
+        decode=lambda latents: retried("decode", lambda: _result(decoder.decode.remote(latents))),
     )
 
 
 def _denoise(stage: str, handle: DeploymentHandle) -> Callable[[DenoiseTask, OnStep | None], Awaitable[Latents]]:
     async def run(task: DenoiseTask, on_step: OnStep | None) -> Latents:
         if on_step is None:
-            return await _retried(stage, lambda: _result(handle.run.remote(task)))
+            return await retried(stage, lambda: _result(handle.run.remote(task)))
         reporter = _ReportOnce(on_step)
-        return await _retried(
+        return await retried(
             stage,
             lambda: _last(handle.options(stream=True).run_reporting.remote(task), reporter),
         )
@@ -68,6 +68,12 @@ class _ReportOnce:
         if step > self._reported:
             self._reported = step
             self._on_step(step, steps)
+
+
+async def describe(handle: DeploymentHandle) -> dict[str, Any]:
+    """What a stage's replica says of its checkpoint."""
+    facts: dict[str, Any] = await retried("describe", lambda: _result(handle.describe.remote()))
+    return facts
 
 
 async def _result(response: DeploymentResponse) -> Any:
@@ -91,7 +97,7 @@ async def _last(stream: DeploymentResponseGenerator, on_step: OnStep) -> Any:
     return last
 
 
-async def _retried(stage: str, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
+async def retried(stage: str, call: Callable[[], Awaitable[ResultT]]) -> ResultT:
     """Makes a call again, at most three times, where what it lost is a replica and not the request."""
     for attempt in range(_RETRIES + 1):
         try:

@@ -10,9 +10,8 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
-from serve_app.deployments.replica import end_process_soon, identity, prepare
+from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.engine import StepEngine
-from serve_app.errors import StageUnavailable
 from serve_app.schema import Progress
 from serve_app.tasks import DenoiseTask, Latents
 
@@ -34,7 +33,7 @@ class Denoiser:
         assert source is not None
         self._stage = stage
         folder = checkpoint.locate(source, ("unet", "scheduler"))
-        checkpoint.check(folder, ("unet", "scheduler"))
+        checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
         self._denoiser = UNetDenoiser(folder, prepare(config, settings))
         self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
             self._denoiser, settings.max_batch_rows, name=stage
@@ -42,11 +41,8 @@ class Denoiser:
 
     async def run(self, task: DenoiseTask) -> Latents:
         """Takes one image through this stage's steps."""
-        try:
+        with ending_when_unavailable():
             return await self._engine.run(task)
-        except StageUnavailable:
-            end_process_soon()
-            raise
 
     async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[Progress | Latents]:
         """The same, with a `Progress` after each step; the latents come last."""
@@ -56,10 +52,9 @@ class Denoiser:
         try:
             while (event := await events.get()) is not None:
                 yield Progress(self._stage, step=event[0], steps=event[1])
-            yield await work
-        except StageUnavailable:
-            end_process_soon()
-            raise
+            with ending_when_unavailable():
+                latents = await work
+            yield latents
         finally:
             work.cancel()
 
@@ -82,3 +77,7 @@ class Denoiser:
 
     async def check_health(self) -> None:
         self._engine.check_health()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()

@@ -11,9 +11,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig
-from serve_app.deployments.calls import remote_stages
+from serve_app.deployments.calls import describe, remote_stages
 from serve_app.http_app import build_http_app
-from serve_app.resolve import ModelFacts
+from serve_app.resolve import ModelFacts, check_native_size
 from serve_app.schema import ImageRequest, ImageResult, Progress
 from serve_app.service import ImageService
 
@@ -32,15 +32,12 @@ class Ingress:
         decoder: DeploymentHandle,
     ) -> None:
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
-        described = [encoder.describe.remote(), base.describe.remote()]
-        if refiner is not None:
-            described.append(refiner.describe.remote())
-        facts: dict[str, Any] = {}
-        for part in await asyncio.gather(*described):
+        facts: dict[str, Any] = {"embedded_demo": config.base.path == "embedded:base"}
+        for part in await asyncio.gather(*(describe(stage) for stage in (encoder, base, refiner) if stage is not None)):
             facts |= part
-        embedded = config.base.path == "embedded:base"
+        check_native_size(facts["native_size_px"], config.limits)
         stages = remote_stages(encoder, base, refiner, decoder)
-        self._service = ImageService(config, ModelFacts(**facts, embedded_demo=embedded), stages)
+        self._service = ImageService(config, ModelFacts(**facts), stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self._service)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
 from serve_app.config import AppConfig, ComputeConfig, check_max_ongoing_requests
-from serve_app.errors import ConfigurationError
+from serve_app.errors import ConfigurationError, StageUnavailable
 
 if TYPE_CHECKING:
     from serve_app.stages.device import Compute
@@ -49,7 +51,12 @@ def identity() -> dict[str, Any]:
     }
 
 
-def end_process_soon() -> None:
-    """Ends this process once the answers under way are out."""
-    logger.error("this replica can't work any more and ends")
-    asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+@contextmanager
+def ending_when_unavailable() -> Iterator[None]:
+    """Ends this process, once the answers under way are out, where the block finds its device lost."""
+    try:
+        yield
+    except StageUnavailable:
+        logger.error("this replica can't work any more and ends")
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+        raise

@@ -9,7 +9,7 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
-from serve_app.deployments.replica import identity, prepare
+from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.micro_batch import MicroBatcher, SharedCache
 from serve_app.tasks import Conditioning, EncodeTask
 
@@ -32,7 +32,7 @@ class TextEncoder:
         if config.refiner is not None:
             components = ("text_encoder_2", "tokenizer_2")
             refiner = checkpoint.locate(config.refiner, components)
-            checkpoint.check(refiner, components)
+            checkpoint.check(refiner, components, "refiner")
         self._encoders = TextEncoders(base, refiner, prepare(config, config.text_encoder))
         self._batcher: MicroBatcher[TextJob, TextEmbedding] = MicroBatcher(
             self._encoders.embed,
@@ -46,9 +46,10 @@ class TextEncoder:
     async def encode(self, task: EncodeTask) -> Conditioning:
         """The conditioning of one request."""
         jobs = self._encoders.jobs(task)
-        embeddings = await asyncio.gather(
-            *(self._cache.get(job, lambda job=job: self._batcher.submit(job)) for job in jobs.values())
-        )
+        with ending_when_unavailable():
+            embeddings = await asyncio.gather(
+                *(self._cache.get(job, lambda job=job: self._batcher.submit(job)) for job in jobs.values())
+            )
         return self._encoders.assemble(task, dict(zip(jobs, embeddings, strict=True)))
 
     async def describe(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
-from serve_app.deployments.replica import identity, prepare
+from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.errors import PictureFailed
 from serve_app.micro_batch import MicroBatcher
 
@@ -37,7 +37,8 @@ class VaeDecoder:
 
     async def decode(self, latents: Floats) -> Bytes:
         """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
-        pixels = await self._batcher.submit(latents)
+        with ending_when_unavailable():
+            pixels = await self._batcher.submit(latents)
         if isinstance(pixels, PictureFailed):
             raise pixels
         return pixels

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.errors import InvalidRequest, ServiceError, UnsupportedMediaType
-from serve_app.protocols import unknown_field
+from serve_app.protocols import unknown_fields
 from serve_app.protocols.json_body import NotJson, parse_json
 from serve_app.schema import ImageRequest, ImageResult, parse_request
 
@@ -38,12 +38,19 @@ def decode(body: bytes, content_type: str | None, max_rows: int) -> Decoded:
     rows, given = _rows(fields["input_data"])
     if len(rows) > max_rows:  # here, before each is read: that alone would take seconds
         raise _bad(f"{len(rows)} rows, this service takes at most {max_rows}")
-    for name in ("parameters", "params"):  # `params` is MLflow's
-        if fields.get(name) is not None:
-            given |= _parameters(fields[name], name)
-    warnings = [unknown_field(name) for name in fields if name not in _TOP_LEVEL]
+    for place in ("parameters", "params"):  # `params` is MLflow's
+        if fields.get(place) is not None:
+            for name, value in _parameters(fields[place], place).items():
+                if given.setdefault(name, value) != value:
+                    raise InvalidRequest(f"{place}: {name} is given twice and differs", param=place)
+    warnings = unknown_fields(name for name in fields if name not in _TOP_LEVEL)
     common = _request_fields(given, warnings)
-    return Decoded([parse_request(_row_fields(row, common, warnings)) for row in rows], tuple(dict.fromkeys(warnings)))
+    requests = [parse_request(_row_fields(row, common)) for row in rows]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    warnings += unknown_fields(name for name in columns if name not in _COLUMNS)
+    if "negative_prompt" in common and any(row.get("negative_prompt") is not None for row in rows):
+        warnings.append("negative_prompt of the parameters has no effect on rows with their own")
+    return Decoded(requests, tuple(warnings))
 
 
 def encode(results: list[tuple[ImageRequest, ImageResult]]) -> list[dict[str, Any]]:
@@ -141,28 +148,29 @@ def _parameters(given: Any, where: str) -> dict[str, Any]:
 
 def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    if "generator" in given:
+        warnings.append("generator has no effect: send seed")
+    warnings += unknown_fields(name for name in given if name not in _PARAMETERS and name != "generator")
     for name, value in given.items():
-        if name == "generator":
-            warnings.append("generator has no effect: send seed")
-        elif name not in _PARAMETERS:
-            warnings.append(unknown_field(name))
-        elif value is not None and fields.setdefault(_RENAMED.get(name, name), value) != value:
+        if name not in _PARAMETERS:
+            continue
+        if value is not None and fields.setdefault(_RENAMED.get(name, name), value) != value:
             raise InvalidRequest(f"{name}: contradicts {_RENAMED.get(name, 'num_images_per_prompt')}", param=name)
     return fields
 
 
-def _row_fields(row: dict[str, Any], common: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+def _row_fields(row: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     if "image" in row or "mask_image" in row:
         raise InvalidRequest(
             "input_data: rows with an image are not served, text-to-image alone is", param="input_data"
         )
     if row.get("prompt") is None:
         raise _bad("a row has no 'prompt'")
-    warnings += [unknown_field(name) for name in row if name not in _COLUMNS]
     fields = common | {"prompt": row["prompt"]}
     if "negative_prompt" in row:
         # That server reads a null as an empty text, which SDXL does not take for an absent one.
-        fields["negative_prompt"] = "" if row["negative_prompt"] is None else row["negative_prompt"]
+        own = row["negative_prompt"]
+        fields["negative_prompt"] = common.get("negative_prompt", "") if own is None else own
     return fields
 
 

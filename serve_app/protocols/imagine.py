@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocols import unknown_field
+from serve_app.protocols import unknown_fields
 from serve_app.schema import FieldKind, ImageRequest, field_kinds, parse_request, read_text
 
 _KINDS = field_kinds()
@@ -38,7 +38,7 @@ def decode(query: bytes) -> Decoded:
         fields = {"width": size, "height": size}
         if "width" in texts or "height" in texts:
             raise InvalidRequest("img_size: contradicts width and height; send one or the other", param="img_size")
-    warnings = [unknown_field(name) for name in texts if name not in _KINDS]
+    warnings = unknown_fields(name for name in texts if name not in _KINDS)
     fields |= {name: read_text(name, _KINDS[name], given) for name, given in texts.items() if name in _KINDS}
     if "prompt" not in fields:
         raise InvalidRequest("prompt: field required", param="prompt")

@@ -13,7 +13,7 @@ class NotJson(ValueError):
 def parse_json(body: bytes) -> Any:
     """Plain data from UTF-8 JSON. NaN and Infinity, which Python's reader lets pass, are no JSON."""
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object)
     except NotJson:
         raise
     except UnicodeDecodeError as error:
@@ -24,6 +24,17 @@ def parse_json(body: bytes) -> Any:
         raise NotJson("nested too deeply") from None
     except ValueError:  # a number of more digits than Python reads
         raise NotJson("a number has too many digits") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise NotJson(f"{name[:40]!r} stands twice in one object")
+            seen.add(name)
+    return fields
 
 
 def _no_constant(name: str) -> Any:

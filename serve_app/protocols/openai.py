@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.images import MEDIA_TYPES
-from serve_app.protocols import unknown_field
+from serve_app.protocols import unknown_fields
 from serve_app.protocols.json_body import NotJson, parse_json
 from serve_app.schema import ImageRequest, ImageResult, invalid_request, parse_request
 
@@ -52,7 +52,7 @@ def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
     """A body's request. Null means absent, as in OpenAI's own clients. Raises `InvalidRequest`."""
     fields = _object(body)
     given = {name: value for name, value in fields.items() if value is not None}
-    warnings = [unknown_field(name) for name in given if name not in _KNOWN]
+    warnings = unknown_fields(name for name in given if name not in _KNOWN)
     try:
         own = OpenAIFields.model_validate({n: v for n, v in given.items() if n in OpenAIFields.model_fields})
     except ValidationError as error:

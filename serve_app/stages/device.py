@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.config import ComputeConfig
+from serve_app.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ def set_up(config: ComputeConfig, gpu_fraction: float = 0.0) -> Compute:
     device = config.device
     if device == "auto":
         device = "cuda" if gpu_fraction > 0 and torch.cuda.is_available() else "cpu"
-    if device == "cuda" and 0 < gpu_fraction < 1:
+    if device == "cuda" and gpu_fraction == 0:
+        # Ray hides no GPU from a replica that booked none: it would compute unbooked and without a bound.
+        raise ConfigurationError("device is cuda, but the deployment has no num_gpus")
+    if device == "cuda" and gpu_fraction < 1:
         torch.cuda.set_per_process_memory_fraction(gpu_fraction)
     dtype = config.dtype
     if dtype == "auto":
@@ -45,8 +49,9 @@ def is_context_broken(error: Exception) -> bool:
 
     Running out of memory does not.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
         return False
     if isinstance(error, torch.AcceleratorError):
         return True
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    return isinstance(error, RuntimeError) and ("CUDA error" in text or "EXECUTION_FAILED" in text)

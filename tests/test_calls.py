@@ -1,0 +1,114 @@
+"""Calls to stages: what is made again, what is not, and what a listener hears."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from serve_app.deployments import calls
+from serve_app.deployments.calls import _ReportOnce, retried
+from serve_app.errors import InvalidRequest, Overloaded, StageUnavailable
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_BACKOFF_S", (0.0, 0.0, 0.0))
+
+
+class Stage:
+    """Raises what it is given, one a call, then answers."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+def from_a_replica(cause: Exception) -> BaseException:
+    """As Ray hands on what a replica raised."""
+    wrapped: BaseException = RayTaskError("run", "Traceback ...", cause).as_instanceof_cause()
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ActorDiedError(),
+        ActorUnavailableError("gone", None),
+        StageUnavailable("engine"),
+        from_a_replica(StageUnavailable("engine")),
+        asyncio.CancelledError(),  # nobody cancelled the caller: the replica went with the request in it
+    ],
+    ids=repr,
+)
+async def test_a_lost_replica_is_tried_again(lost: BaseException) -> None:
+    stage = Stage(lost, lost)
+    assert await retried("denoise", stage) == "done"
+    assert stage.calls == 3
+
+
+async def test_at_most_three_times() -> None:
+    stage = Stage(*[ActorDiedError()] * 9)
+    with pytest.raises(StageUnavailable) as error:
+        await retried("denoise", stage)
+    assert stage.calls == 4
+    assert error.value.retry_after_s
+
+
+async def test_a_request_that_is_wrong_is_not_tried_again() -> None:
+    stage = Stage(from_a_replica(InvalidRequest("no", param="n")))
+    with pytest.raises(InvalidRequest) as error:
+        await retried("denoise", stage)
+    assert (stage.calls, type(error.value), error.value.param) == (1, InvalidRequest, "n")
+
+
+async def test_a_fault_of_the_code_is_not_tried_again() -> None:
+    stage = Stage(from_a_replica(RuntimeError("shape mismatch")))
+    with pytest.raises(RuntimeError):
+        await retried("denoise", stage)
+    assert stage.calls == 1
+
+
+async def test_a_full_stage_says_when_to_come_back() -> None:
+    stage = Stage(BackPressureError(num_queued_requests=3, max_queued_requests=3))
+    with pytest.raises(Overloaded) as error:
+        await retried("denoise", stage)
+    assert (stage.calls, error.value.retry_after_s) == (1, 1)
+
+
+async def test_a_cancelled_caller_stays_cancelled() -> None:
+    entered = asyncio.Event()
+
+    async def endless() -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(retried("denoise", endless))
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_retry_reports_no_step_twice() -> None:
+    heard: list[tuple[int, int]] = []
+    report = _ReportOnce(lambda *step: heard.append(step))
+    for step in (1, 2, 3, 1, 2, 3, 4):
+        report(step, 4)
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+async def test_stages_of_a_graph_without_a_refiner_have_none() -> None:
+    handle: Any = object()
+    stages = calls.remote_stages(handle, handle, None, handle)
+    with pytest.raises(AssertionError):
+        await stages.refine(None, None)  # type: ignore[arg-type]
