@@ -8,7 +8,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 # Through the environment, so that a quote or a dollar in a prompt is not the shell's.
-export PROMPT ?= a small red circle above a large blue square
+export PROMPT ?= a red circle above a blue square on a white background
 export OUTPUT ?= out.png
 VENV := .venv
 BIN := $(VENV)/bin

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.config import Limits
+from serve_app.demo.grammar import unknown_prompt
 from serve_app.effects import StageFacts, effect_warnings
 from serve_app.errors import ConfigurationError, InvalidRequest
 from serve_app.schema import MAX_SEED, ImageRequest, OutputFormat
@@ -140,7 +141,7 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         clip_skip=request.clip_skip,
         output_format=request.output_format,
         quality=DEFAULT_QUALITY if request.output_compression is None else request.output_compression,
-        warnings=tuple(effect_warnings(request, _stage_facts(request, facts, refined))),
+        warnings=(*effect_warnings(request, _stage_facts(request, facts, refined)), *_demo_warnings(request, facts)),
     )
 
 
@@ -166,6 +167,15 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
             f"width: {width} x {height} is {width * height} pixels, above this service's {limits.max_pixels}",
             param="width",
         )
+
+
+def _demo_warnings(request: ImageRequest, facts: ModelFacts) -> list[str]:
+    if not (facts.embedded_demo and unknown_prompt(request.prompt)):
+        return []
+    return [
+        "prompt has no word that the embedded demo model knows: it draws coloured shapes on a background, e.g. "
+        "'a red circle above a blue square on a white background'"
+    ]
 
 
 def _stage_facts(request: ImageRequest, facts: ModelFacts, refined: bool) -> StageFacts:

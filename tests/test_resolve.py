@@ -227,6 +227,14 @@ def test_a_field_that_does_not_act_everywhere_is_said_of_once(
     assert why in line
 
 
+def test_the_demo_model_says_so_when_it_knows_no_word_of_the_prompt() -> None:
+    demo = replace(FACTS, embedded_demo=True)
+    (line,) = resolved(demo, prompt="an astronaut riding a horse").warnings
+    assert line.startswith("prompt has no word that the embedded demo model knows")
+    assert resolved(demo, prompt="a red circle on a white background").warnings == ()
+    assert resolved(FACTS, prompt="an astronaut riding a horse").warnings == ()
+
+
 def test_lms_in_a_refiner_is_warned_of() -> None:
     start = "scheduler lms starts the refiner"
     assert any(line.startswith(start) for line in resolved(FACTS, scheduler="lms").warnings)

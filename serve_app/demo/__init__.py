@@ -1,1 +1,4 @@
-"""Stand-in checkpoints: what the demo and the tests draw with where no published weights are at hand."""
+"""The embedded checkpoints: a miniature SDXL trained on coloured shapes (`base`, `refiner`) and all that made it.
+
+`tiny` writes random-weight ones, for tests. Importing this package loads nothing heavy, and neither does `grammar`.
+"""
