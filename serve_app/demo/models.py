@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from serve_app.demo.grammar import caption, sample_scenes
+from serve_app.demo.tiny import SCHEDULER_CONFIG
 
 NATIVE_PX = 128
 TEXT_WIDTH = 64
@@ -30,24 +31,6 @@ SCALING_FACTOR = 0.13025
 TIME_EMBED_DIM = 32
 BASE_TIME_IDS = 6  # original size, crop, target size
 REFINER_TIME_IDS = 5  # original size, crop, aesthetic score
-
-SCHEDULER_CONFIG = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
-"""SDXL's published scheduler config, with the keys that Euler ignores and other schedulers read."""
 
 
 def make_tokenizer(pad_token: str) -> CLIPTokenizer:
