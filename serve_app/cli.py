@@ -145,7 +145,8 @@ def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
             for event in graph.handle.options(stream=True).stream.remote(request):
                 if isinstance(event, ImageResult):
                     return event
-                _show(bar, request, steps, event)
+                if isinstance(event, Progress):
+                    _show(bar, request, steps, event)
         except ServiceError:
             raise
         except Exception as error:  # Ray's, or a fault of a stage: a line here, the report in Ray's logs

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.errors import ConfigurationError
+from serve_app.scheduling import POLICIES, Budget, PolicyName, StepScheduler
 from serve_app.schema import MAX_STEPS
 
 _EMBEDDED = ("embedded:base", "embedded:refiner")
@@ -70,14 +71,35 @@ class ComputeConfig(_Strict):
     )
 
 
-class DenoiserConfig(ComputeConfig):
+class SchedulingConfig(ComputeConfig):
+    """Who goes first where not all fit into one forward pass; see `scheduling.py`."""
+
+    policy: PolicyName = Field(
+        "first_come", description="The order of equally urgent work; priority and deadline go before it."
+    )
+    patience: int = Field(
+        100, ge=0, description="How many forward passes may go to work that came later before what waits goes first."
+    )
+
+    def scheduler(self, budget: Budget) -> StepScheduler:
+        return StepScheduler(budget, POLICIES[self.policy](), self.patience)
+
+
+class DenoiserConfig(SchedulingConfig):
     max_batch_rows: int = Field(
         16, ge=2, description="Rows of one UNet forward pass; a guided image takes two, an unguided one."
     )
+    max_batch_pixels: int | None = Field(
+        None, ge=1, description="Rows x picture pixels of one forward pass; None leaves it to the rows."
+    )
 
 
-class MicroBatchConfig(ComputeConfig):
+class MicroBatchConfig(SchedulingConfig):
     max_batch_size: int = Field(8, ge=1, description="Items of one forward pass.")
+
+
+class VaeDecoderConfig(MicroBatchConfig):
+    max_batch_pixels: int | None = Field(None, ge=1, description="Picture pixels of one forward pass.")
 
 
 class TextEncoderConfig(MicroBatchConfig):
@@ -120,7 +142,7 @@ class AppConfig(_Strict):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     base_denoiser: DenoiserConfig = DenoiserConfig()
     refiner_denoiser: DenoiserConfig = DenoiserConfig()
-    vae_decoder: MicroBatchConfig = MicroBatchConfig()
+    vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     limits: Limits = Limits()
     max_ongoing_requests: int = Field(
         512,
@@ -128,6 +150,21 @@ class AppConfig(_Strict):
         description="Requests a replica of a tensor stage holds at once, running and waiting. Ray's default "
         "of 5 would cap every batch at 5.",
     )
+
+    @model_validator(mode="after")
+    def _the_largest_picture_fits_a_batch(self) -> AppConfig:
+        needs = {
+            "base_denoiser": (self.base_denoiser.max_batch_pixels, 2),  # with guidance
+            "refiner_denoiser": (self.refiner_denoiser.max_batch_pixels, 2),
+            "vae_decoder": (self.vae_decoder.max_batch_pixels, 1),
+        }
+        for stage, (pixels, rows) in needs.items():
+            if pixels is not None and pixels < rows * self.limits.max_pixels:
+                raise ValueError(
+                    f"{stage}.max_batch_pixels is {pixels}, below {rows * self.limits.max_pixels}: "
+                    f"{rows} row{'s' * (rows > 1)} of limits.max_pixels ({self.limits.max_pixels})"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batches_are_not_capped(self) -> AppConfig:

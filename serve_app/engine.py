@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from serve_app.errors import StageUnavailable
-from serve_app.scheduling import Job, StepScheduler
+from serve_app.scheduling import Batch, Job, StepScheduler
+from serve_app.tasks import Stay, StepReport
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Floats
 
 TaskT = TypeVar("TaskT")
 TaskT_contra = TypeVar("TaskT_contra", contravariant=True)
@@ -23,7 +28,7 @@ OutputT = TypeVar("OutputT")
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
 
-OnStep = Callable[[int, int], None]  # (steps taken, steps in all)
+OnStep = Callable[[StepReport], None]
 
 
 class Runner(Protocol[TaskT_contra, StateT, OutputT, ResultT_co]):
@@ -32,22 +37,16 @@ class Runner(Protocol[TaskT_contra, StateT, OutputT, ResultT_co]):
     def begin(self, task: TaskT_contra) -> StateT:
         """The task's state before its first step."""
 
-    def key(self, state: StateT) -> Hashable:
-        """What must be equal within a forward pass."""
-
-    def rows(self, state: StateT) -> int:
-        """Rows the task takes of a forward pass."""
-
-    def steps(self, state: StateT) -> int:
-        """Steps the task takes in all; may be 0."""
+    def job(self, state: StateT, job_id: str, arrived: float) -> Job:
+        """What the task asks of the scheduler; its `steps` may be 0. `arrived`: when, on the scheduler's clock."""
 
     def forward(self, states: Sequence[StateT]) -> Sequence[OutputT]:
         """One forward pass over all states. It may raise; it must not change a state."""
 
-    def advance(self, state: StateT, output: OutputT) -> None:
-        """Moves one state on by one step."""
+    def advance(self, state: StateT, output: OutputT) -> Floats | None:
+        """Moves one state on by one step; returns a preview where the task asked for one of this step."""
 
-    def finish(self, state: StateT) -> ResultT_co:
+    def finish(self, state: StateT, stay: Stay) -> ResultT_co:
         """The result after the last step."""
 
     def is_fatal(self, error: Exception) -> bool:
@@ -67,6 +66,8 @@ class EngineStats:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    busy_s: float = 0.0  # time with work, all told
+    forward_s: float = 0.0  # of which in forward passes
     max_steps_after_cancel: int = 0  # over all tasks: passes a task was in when its cancellation had arrived
 
 
@@ -77,8 +78,12 @@ class _Entry(Generic[TaskT, StateT, ResultT]):
     loop: asyncio.AbstractEventLoop
     on_step: OnStep | None
     id: str
+    arrived: float
+    started: float | None = None  # its first pass
     state: StateT | None = None
+    steps: int = 0
     taken: int = 0
+    position: int | None = None  # as last told
     cancelled: bool = False
     steps_after_cancel: int = field(default=0)
 
@@ -86,16 +91,23 @@ class _Entry(Generic[TaskT, StateT, ResultT]):
 class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
     """Runs tasks step by step, sharing every forward pass among all that fit."""
 
-    def __init__(self, runner: Runner[TaskT, StateT, OutputT, ResultT], max_rows: int, name: str) -> None:
+    def __init__(
+        self,
+        runner: Runner[TaskT, StateT, OutputT, ResultT],
+        scheduler: StepScheduler,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._runner = runner
-        self._scheduler = StepScheduler(max_rows)
+        self._scheduler = scheduler
+        self._clock = clock
         self._wake = threading.Condition()
         self._arrived: list[_Entry[TaskT, StateT, ResultT]] = []
         self._entries: dict[str, _Entry[TaskT, StateT, ResultT]] = {}
         self._next_id = 0
         self._closing = False
         self._fault: BaseException | None = None
-        self._stats = EngineStats(max_rows=max_rows)
+        self._stats = EngineStats(max_rows=scheduler.budget.rows)
         self._thread = threading.Thread(target=self._loop, name=f"{name}-engine", daemon=True)
         self._thread.start()
 
@@ -106,7 +118,9 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         raised, or `StageUnavailable` when the engine itself is dead: the task may be run elsewhere.
         """
         loop = asyncio.get_running_loop()
-        entry: _Entry[TaskT, StateT, ResultT] = _Entry(task, loop.create_future(), loop, on_step, id=str(self._next_id))
+        entry: _Entry[TaskT, StateT, ResultT] = _Entry(
+            task, loop.create_future(), loop, on_step, id=str(self._next_id), arrived=self._clock()
+        )
         self._next_id += 1
         with self._wake:
             self.check_health()  # under the lock, so that no entry arrives at an engine that just died
@@ -123,7 +137,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         if self._fault is not None or not self._thread.is_alive():
             raise StageUnavailable(f"the engine of this replica has stopped: {self._fault!r}", retry_after_s=1)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, float]:
         """The counters of `EngineStats`, and the tasks in the engine now."""
         with self._wake:
             waiting = len(self._arrived)
@@ -141,7 +155,10 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
+                started = self._clock()
+                self._admit_arrived()
                 self._step()
+                self._stats.busy_s += self._clock() - started
             self._die(StageUnavailable("the replica is shutting down", retry_after_s=1))
         except BaseException as error:
             self._die(error)
@@ -150,13 +167,15 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         with self._wake:
             while not (self._arrived or self._entries or self._closing):
                 self._wake.wait()
+            return not self._closing
+
+    def _admit_arrived(self) -> None:
+        with self._wake:
             arrived, self._arrived = self._arrived, []
-            closing = self._closing
             # All of them before any is admitted: a fatal error in one must not strand the others.
             self._entries |= {entry.id: entry for entry in arrived}
         for entry in arrived:
             self._admit(entry)
-        return not closing
 
     def _admit(self, entry: _Entry[TaskT, StateT, ResultT]) -> None:
         if entry.cancelled:
@@ -165,14 +184,15 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             return
         try:
             state = self._runner.begin(entry.task)
-            self._scheduler.add(Job(entry.id, self._runner.key(state), self._runner.rows(state)))
-            entry.state = state
+            job = self._runner.job(state, entry.id, entry.arrived)
+            self._scheduler.add(job)
+            entry.state, entry.steps = state, job.steps
         except Exception as error:
             if self._runner.is_fatal(error):
                 raise
             self._fail(entry, error)
             return
-        if self._runner.steps(state) == 0:
+        if entry.steps == 0:
             self._finish(entry)
 
     def _step(self) -> None:
@@ -180,9 +200,24 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         batch = self._scheduler.next_batch()
         if batch is None:
             return
+        started = self._clock()
         entries = [self._entries[job.id] for job in batch.jobs]
-        for entry, output in self._forward(entries):
+        for entry in entries:
+            if entry.started is None:
+                entry.started = started
+        self._tell_positions(batch)
+        outputs = self._forward(entries, batch.jobs)
+        self._stats.forward_s += self._clock() - started
+        for entry, output in outputs:
             self._advance(entry, output)
+        self._scheduler.observe(self._clock() - started)
+
+    def _tell_positions(self, batch: Batch) -> None:
+        for position, job in enumerate(batch.waiting):
+            entry = self._entries[job.id]
+            if entry.on_step is not None and entry.started is None and entry.position != position:
+                entry.position = position
+                self._report(entry, entry.on_step, StepReport(0, entry.steps, position))
 
     def _drop_cancelled(self) -> None:
         for entry in [entry for entry in self._entries.values() if entry.cancelled]:
@@ -191,7 +226,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             self._stats.max_steps_after_cancel = max(self._stats.max_steps_after_cancel, entry.steps_after_cancel)
 
     def _forward(
-        self, entries: list[_Entry[TaskT, StateT, ResultT]]
+        self, entries: list[_Entry[TaskT, StateT, ResultT]], jobs: Sequence[Job]
     ) -> list[tuple[_Entry[TaskT, StateT, ResultT], OutputT]]:
         # A pass that raises is run again in halves, so that one task's fault (or a pass too large for
         # the memory left) is not its batch mates'.
@@ -209,11 +244,11 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         if outputs is None:
             self._stats.split_passes += 1
             middle = len(entries) // 2
-            return self._forward(entries[:middle]) + self._forward(entries[middle:])
-        rows = sum(self._runner.rows(entry.state) for entry in entries if entry.state is not None)
+            return self._forward(entries[:middle], jobs[:middle]) + self._forward(entries[middle:], jobs[middle:])
+        rows = sum(job.rows for job in jobs)
         self._stats.passes += 1
         self._stats.rows += rows
-        self._stats.full_passes += rows == self._scheduler.max_rows
+        self._stats.full_passes += rows == self._scheduler.budget.rows
         return list(zip(entries, outputs, strict=True))
 
     def _advance(self, entry: _Entry[TaskT, StateT, ResultT], output: OutputT) -> None:
@@ -223,7 +258,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         state = entry.state
         assert state is not None
         try:
-            self._runner.advance(state, output)
+            preview = self._runner.advance(state, output)
         except Exception as error:
             if self._runner.is_fatal(error):
                 raise
@@ -231,16 +266,17 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             return
         entry.taken += 1
         self._stats.steps += 1
-        steps = self._runner.steps(state)
         if entry.on_step is not None:
-            self._report(entry, entry.on_step, entry.taken, steps)
-        if entry.taken == steps:
+            self._report(entry, entry.on_step, StepReport(entry.taken, entry.steps, preview=preview))
+        if entry.taken == entry.steps:
             self._finish(entry)
 
     def _finish(self, entry: _Entry[TaskT, StateT, ResultT]) -> None:
         assert entry.state is not None
         try:
-            result = self._runner.finish(entry.state)
+            now = self._clock()
+            queue_s = (now if entry.started is None else entry.started) - entry.arrived
+            result = self._runner.finish(entry.state, Stay(queue_s, now - entry.arrived))
         except Exception as error:
             if self._runner.is_fatal(error):
                 raise

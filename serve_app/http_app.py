@@ -12,15 +12,15 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serve_app import __version__
+from serve_app import __version__, sse
 from serve_app.errors import (
     BodyTooLarge,
     InternalError,
@@ -30,7 +30,7 @@ from serve_app.errors import (
 )
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import azure_ml, imagine, openai
-from serve_app.schema import ImageRequest, ImageResult
+from serve_app.schema import Accepted, ImageRequest, ImageResult
 from serve_app.service import ImageService
 
 logger = logging.getLogger("ray.serve")
@@ -59,6 +59,8 @@ def build_http_app(service: ImageService) -> FastAPI:
     async def generations(request: Request) -> Response:
         async def answer(request_id: str) -> Response:
             asked = openai.decode(await _body(request, limits.max_body_bytes), names)
+            if asked.stream:
+                return await _stream(service, asked, request_id)
             result = await service.generate(asked.request, request_id)
             body = await _json(lambda: openai.encode(result, asked.response_format, asked.warnings))
             return _with_headers(body, [result], asked.warnings)
@@ -118,18 +120,44 @@ async def _answer(request: Request, answer: Callable[[str], Awaitable[Response]]
     request_id = given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     try:
         response = await answer(request_id)
-    except ServiceError as error:
-        if error.status >= 500:
-            logger.warning("request %s: %s", request_id, error.message)
-        response = _error(error, envelope)
     except ClientDisconnect:
         response = Response(status_code=499)  # nobody is there to read it
-    except Exception:
-        logger.exception("request %s failed", request_id)
-        response = _error(InternalError(f"internal error; the log has it under request {request_id}"), envelope)
+    except Exception as error:
+        response = _error(_as_service_error(error, request_id), envelope)
     if given is None:  # Ray's proxy gives every request an id and puts it on the answer itself
         response.headers["X-Request-Id"] = request_id
     return response
+
+
+async def _stream(service: ImageService, asked: openai.Decoded, request_id: str) -> Response:
+    """Server-sent events. What can be refused is refused before the first: with a status of its own."""
+    events = service.stream(asked.request, request_id, asked.partial_images, asked.progress)
+    accepted = await anext(events)
+    assert isinstance(accepted, Accepted)
+    encoder = openai.StreamEncoder(asked.request.n, int(time.time()), asked.warnings)
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                data = await asyncio.to_thread(encoder.encode, event)
+                if data is not None:
+                    yield sse.encode_event(data["type"], data)
+        except Exception as error:
+            fault = _as_service_error(error, request_id)
+            yield sse.encode_event("error", openai.encode_error(fault))
+
+    response = StreamingResponse(sse.keep_alive(body()), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+    return _with_warnings(response, [*asked.warnings, *accepted.warnings])
+
+
+def _as_service_error(error: Exception, request_id: str) -> ServiceError:
+    """What a caller may see of an error; the log has the rest."""
+    if isinstance(error, ServiceError):
+        if error.status >= 500:
+            logger.warning("request %s: %s", request_id, error.message)
+        return error
+    logger.error("request %s failed", request_id, exc_info=error)
+    return InternalError(f"internal error; the log has it under request {request_id}")
 
 
 async def _json(encode: Callable[[], Any]) -> Response:
@@ -162,12 +190,18 @@ def _error(error: ServiceError, envelope: Envelope, headers: Any = None) -> JSON
 
 def _with_headers(response: Response, results: Sequence[ImageResult], asked: Sequence[str]) -> Response:
     if results:
-        response.headers["Server-Timing"] = ", ".join(
-            f"{timing.stage};dur={timing.seconds * 1000:.1f}" for timing in _slowest(results)
+        times = {timing.stage: timing.seconds for timing in _slowest(results)}
+        # Beside the stages: from arrival to the first denoising step.
+        times["queue"] = times["encode"] + max(
+            t.queue_seconds for r in results for t in r.timings if t.stage == "denoise"
         )
-    warnings = list(dict.fromkeys([*asked, *(line for result in results for line in result.warnings)]))
+        response.headers["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in times.items())
+    return _with_warnings(response, [*asked, *(line for result in results for line in result.warnings)])
+
+
+def _with_warnings(response: Response, warnings: Sequence[str]) -> Response:
     if warnings:
-        response.headers["X-SDXL-Warnings"] = _warnings_header(warnings)
+        response.headers["X-SDXL-Warnings"] = _warnings_header(list(dict.fromkeys(warnings)))
     return response
 
 

@@ -14,9 +14,11 @@ from serve_app import __version__
 from serve_app.schema import OutputFormat
 
 if TYPE_CHECKING:
-    from serve_app.tasks import Bytes
+    from serve_app.resolve import PreviewMap
+    from serve_app.tasks import Bytes, Floats
 
 PNG_KEY = "sdxl-serve"
+_PREVIEW_QUALITY = 80
 MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 # EXIF tags: the software, the EXIF directory, and its UserComment, which begins with its encoding.
@@ -42,6 +44,24 @@ def encode_image(pixels: Bytes, output_format: OutputFormat, quality: int, param
         exif[_SOFTWARE] = f"sdxl-serve {__version__}"
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + _exif_json(parameters)
         picture.save(buffer, output_format.upper(), quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def encode_preview(
+    latents: Floats, preview_map: PreviewMap, width: int, height: int, output_format: OutputFormat
+) -> bytes:
+    """A rough picture of latents (4, H/8, W/8), enlarged to its size in pixels: one colour a latent, blurred."""
+    import numpy as np
+    from PIL import Image
+
+    weights = np.asarray(preview_map, dtype=np.float32)  # (5, 3), the offset last
+    colours = np.moveaxis(latents, 0, -1) @ weights[:-1] + weights[-1]
+    picture = Image.fromarray(colours.clip(0, 255).round().astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {"quality": _PREVIEW_QUALITY}
+    picture.save(buffer, output_format.upper(), **options)
     return buffer.getvalue()
 
 

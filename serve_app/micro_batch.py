@@ -7,6 +7,7 @@ one. Here a queue fills while the device is busy and is taken when it frees up.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,44 +15,57 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from serve_app.errors import StageUnavailable
+from serve_app.scheduling import Job, StepScheduler
+from serve_app.tasks import Urgency
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 KeyT = TypeVar("KeyT", bound=Hashable)
 
+_AT_LEISURE = Urgency()
+
 
 class MicroBatcher(Generic[ItemT, ResultT]):
-    """Runs `run(items)` on one thread, over up to `max_batch_size` waiting items of one key at a time.
+    """Runs `run(items)` on one thread, over waiting items of one key at a time.
 
-    Items go in order of arrival. One whose caller went away before its batch was formed is dropped. A
-    batch that raises is run again in halves, so that one item's fault is not its mates'.
+    A `StepScheduler` chooses them, as it does for a denoiser: an item is a job of one step and one row. One whose
+    caller went away before its batch was formed is dropped. A batch that raises is run again in halves, so that one
+    item's fault is not its mates'.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        scheduler: StepScheduler,
         *,
-        max_batch_size: int,
         key: Callable[[ItemT], Hashable],
+        pixels: Callable[[ItemT], int] = lambda item: 0,
         is_fatal: Callable[[Exception], bool],
         name: str,
     ) -> None:
         self._run = run
-        self._max_batch_size = max_batch_size
+        self._scheduler = scheduler
         self._key = key
+        self._pixels = pixels
         self._is_fatal = is_fatal
-        self._waiting: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
+        self._waiting: dict[str, tuple[ItemT, asyncio.Future[ResultT]]] = {}
         self._running: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
+        self._next_id = 0
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-batch")
         self._fault: BaseException | None = None
         self._counts = {"batches": 0, "items": 0, "failed": 0, "cancelled": 0}
 
-    async def submit(self, item: ItemT) -> ResultT:
+    async def submit(self, item: ItemT, urgency: Urgency = _AT_LEISURE) -> ResultT:
         """The result for one item. Raises what its own work raised, or `StageUnavailable`."""
         self.check_health()
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        job_id, self._next_id = str(self._next_id), self._next_id + 1
+        deadline = urgency.deadline(time.monotonic())
+        self._scheduler.add(
+            Job(job_id, self._key(item), pixels=self._pixels(item), priority=urgency.priority, deadline=deadline)
+        )
+        self._waiting[job_id] = (item, future)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
@@ -72,7 +86,7 @@ class MicroBatcher(Generic[ItemT, ResultT]):
             # Nothing above should raise; if it does, nobody may wait for ever.
             self._fault = error
             lost = StageUnavailable(f"this replica can't work any more: {error!r}", retry_after_s=1)
-            for _, future in [*self._running, *self._waiting]:
+            for _, future in [*self._running, *self._waiting.values()]:
                 if not future.done():
                     future.set_exception(lost)
             raise
@@ -82,9 +96,10 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         while batch := self._take():
             self._running = batch
             items = [item for item, _ in batch]
-            for (_, future), outcome in zip(
-                batch, await loop.run_in_executor(self._thread, self._attempt, items), strict=True
-            ):
+            started = time.monotonic()
+            outcomes = await loop.run_in_executor(self._thread, self._attempt, items)
+            self._scheduler.observe(time.monotonic() - started)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, _Failure):
                     self._counts["failed"] += 1
                 if future.done():
@@ -96,19 +111,16 @@ class MicroBatcher(Generic[ItemT, ResultT]):
             self._running = []
 
     def _take(self) -> list[tuple[ItemT, asyncio.Future[ResultT]]]:
-        alive = [(item, future) for item, future in self._waiting if not future.done()]
-        self._counts["cancelled"] += len(self._waiting) - len(alive)
-        if not alive:
-            self._waiting = []
+        for job_id in [job_id for job_id, (_, future) in self._waiting.items() if future.done()]:
+            self._scheduler.remove(job_id)
+            del self._waiting[job_id]
+            self._counts["cancelled"] += 1
+        batch = self._scheduler.next_batch()
+        if batch is None:
             return []
-        key = self._key(alive[0][0])
-        batch: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
-        rest: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
-        for entry in alive:
-            fits = len(batch) < self._max_batch_size and self._key(entry[0]) == key
-            (batch if fits else rest).append(entry)
-        self._waiting = rest
-        return batch
+        for job in batch.jobs:
+            self._scheduler.remove(job.id)
+        return [self._waiting.pop(job.id) for job in batch.jobs]
 
     def _attempt(self, items: list[ItemT]) -> list[ResultT | _Failure]:
         if self._fault is not None:

@@ -21,6 +21,10 @@ DEFAULT_HIGH_NOISE_FRAC = 0.8
 DEFAULT_QUALITY = 95
 
 
+PreviewMap = tuple[tuple[float, float, float], ...]
+"""A row (red, green, blue) for each latent channel and one for the offset: levels 0 to 255 of scaled latents."""
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What the ingress must know of the checkpoints; gathered from the replicas, which read them."""
@@ -34,6 +38,7 @@ class ModelFacts:
     refiner_clip_skip_max: int = 0
     refiner_takes_aesthetic_score: bool = False
     embedded_demo: bool = False  # the base is the miniature model that ships with the project
+    preview_map: PreviewMap | None = None  # latents to colours; None where the VAE gave none
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class ResolvedRequest:
     negative_aesthetic_score: float
     refiner_takes_aesthetic_score: bool
     clip_skip: int | None
+    priority: int
+    deadline_s: float | None
     output_format: OutputFormat
     quality: int
     warnings: tuple[str, ...]
@@ -139,6 +146,8 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         negative_aesthetic_score=request.negative_aesthetic_score,
         refiner_takes_aesthetic_score=facts.refiner_takes_aesthetic_score,
         clip_skip=request.clip_skip,
+        priority=request.priority,
+        deadline_s=request.deadline_s,
         output_format=request.output_format,
         quality=DEFAULT_QUALITY if request.output_compression is None else request.output_compression,
         warnings=(*effect_warnings(request, _stage_facts(request, facts, refined)), *_demo_warnings(request, facts)),
@@ -194,9 +203,9 @@ def _stage_facts(request: ImageRequest, facts: ModelFacts, refined: bool) -> Sta
 def parameters(request: ResolvedRequest, index: int) -> dict[str, Any]:
     """The fields of an `ImageRequest` that draws image `index` of this request again, alone.
 
-    What this picture did not use is left out.
+    What this picture did not use is left out, and so is what says when it is drawn and not how.
     """
-    unused = {"n", "seed"}
+    unused = {"n", "seed", "priority", "deadline_s"}
     if not request.refined:
         unused |= {"refiner_guidance_scale"}
     if not (request.refined and request.refiner_takes_aesthetic_score):

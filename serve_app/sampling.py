@@ -37,6 +37,14 @@ SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
     "lms": (LMSDiscreteScheduler, {}),
 }
 
+# Those whose latents are x / alpha: they scale their model's input back.
+_OVER_SIGMAS = (
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+
 
 def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
     """A fresh scheduler: a copy of the checkpoint's own, or the named one made from its configuration."""
@@ -115,3 +123,28 @@ def guide(rows: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
         ratio = text.std(dim=dimensions, keepdim=True) / noise.std(dim=dimensions, keepdim=True)
         noise = rescale * (noise * ratio) + (1 - rescale) * noise
     return noise
+
+
+def predicted_original(
+    scheduler: Scheduler, noise: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+) -> torch.Tensor:
+    """The finished latents as far as they can be told before a step: (1, C, h, w), for previews alone.
+
+    With x = alpha x0 + sigma eps (arXiv 2010.02502, equation 4), by what the model predicts: x0 is
+    (x - sigma eps) / alpha, or alpha x - sigma v (arXiv 2202.00512, section 4). Schedulers over sigmas hold x / alpha.
+    """
+    if getattr(scheduler, "sigmas", None) is not None and scheduler.step_index is not None:
+        ratio = float(scheduler.sigmas[scheduler.step_index])
+    else:
+        signal = float(scheduler.alphas_cumprod[int(timestep)])
+        ratio = ((1 - signal) / signal) ** 0.5
+    alpha = (1 + ratio**2) ** -0.5
+    sigma = ratio * alpha
+    if isinstance(scheduler, _OVER_SIGMAS):
+        latents = latents * alpha
+    prediction = scheduler.config.prediction_type
+    if prediction == "sample":
+        return noise
+    if prediction == "v_prediction":
+        return alpha * latents - sigma * noise
+    return (latents - sigma * noise) / alpha

@@ -38,6 +38,7 @@ MAX_PROMPT_CHARS = 4_000
 MAX_STEPS = 500
 MAX_IMAGES = 10
 MAX_SEED = 2**63 - 1
+MAX_PARTIAL_IMAGES = 3
 
 # JSON has lists where Python has tuples: the pair itself is read leniently, its numbers are not.
 _PixelPair = Annotated[
@@ -146,6 +147,19 @@ class ImageRequest(BaseModel):
         le=100,
         description="CLIP layers to skip before the penultimate one; bounded by the text encoders' layers.",
     )
+    priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="Larger goes first in every stage; what waits is overtaken a bounded number of times.",
+    )
+    deadline_s: float | None = Field(
+        None,
+        gt=0.0,
+        le=86_400.0,
+        description="Seconds from now within which the pictures are wanted. Work that can't make it yields to work "
+        "that still can; it is finished all the same, with a warning.",
+    )
     output_format: OutputFormat = Field("png", description="File format of the pictures.")
     output_compression: int | None = Field(
         None,
@@ -213,11 +227,16 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Wall time of one stage of a request, in seconds, from its first image's start to its last's end."""
+    """Wall time of one stage of a request, in seconds, from its first image's start to its last's end.
+
+    `queue_seconds`: of a denoiser, how much of it the first image waited before its first step, the way there and
+    back included; 0 in stages that take no steps.
+    """
 
     stage: StageName
     seconds: float
     steps: int = 0  # of the first image; 0 in stages that take no steps
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,12 +252,45 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """An event on the way to an `ImageResult`."""
+    """An event on the way to an `ImageResult`: where image number `image` is."""
 
     stage: StageName
     image: int = 0
     step: int = 0
     steps: int = 0
+    queue_position: int | None = None  # while it waits for its first step in this stage; 0 is next
+
+
+@dataclass(frozen=True)
+class PartialImage:
+    """A rough picture of image number `image` on its way, the `index`-th of those asked for."""
+
+    image: int
+    index: int
+    data: bytes
+    output_format: OutputFormat
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageReady:
+    """Image number `image` of a request is finished; others may not be."""
+
+    image: int
+    picture: GeneratedImage
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request is taken in: the first event of a stream. `warnings` are those that are known by now."""
+
+    request_id: str
+    seed: int
+    warnings: tuple[str, ...] = ()
+
+
+StreamEvent = Accepted | Progress | PartialImage | ImageReady | ImageResult
 
 
 @dataclass(frozen=True)

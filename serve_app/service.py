@@ -8,14 +8,30 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from serve_app.admission import Admission
 from serve_app.config import AppConfig
-from serve_app.images import encode_image
-from serve_app.pipeline import OnProgress, Stages, draw
+from serve_app.errors import InvalidRequest
+from serve_app.images import encode_image, encode_preview
+from serve_app.pipeline import LatentPreview, Listener, Stages, draw
 from serve_app.resolve import ModelFacts, ResolvedRequest, parameters, resolve
-from serve_app.schema import GeneratedImage, ImageRequest, ImageResult, Progress
+from serve_app.schema import (
+    MAX_PARTIAL_IMAGES,
+    Accepted,
+    GeneratedImage,
+    ImageReady,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Progress,
+    StreamEvent,
+)
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Bytes
 
 
 class ImageService:
@@ -27,19 +43,12 @@ class ImageService:
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
 
-    async def generate(
-        self, request: ImageRequest, request_id: str | None = None, on_progress: OnProgress | None = None
-    ) -> ImageResult:
+    async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
         """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
-        (result,) = await self.generate_all([request], request_id, on_progress)
+        (result,) = await self.generate_all([request], request_id)
         return result
 
-    async def generate_all(
-        self,
-        requests: Sequence[ImageRequest],
-        request_id: str | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> list[ImageResult]:
+    async def generate_all(self, requests: Sequence[ImageRequest], request_id: str | None = None) -> list[ImageResult]:
         """Draws several requests that came as one: all are taken in, or none is."""
         request_id = request_id or uuid.uuid4().hex
         resolved = [
@@ -49,38 +58,69 @@ class ImageService:
         with self.admission.hold(sum(request.n for request in resolved)):
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._draw(request, on_progress)) for request in resolved]
+                    tasks = [group.create_task(self._draw(request)) for request in resolved]
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def stream(
-        self, request: ImageRequest, request_id: str | None = None
-    ) -> AsyncIterator[Progress | ImageResult]:
-        """Draws one request and yields its progress on the way; the result comes last."""
-        events: asyncio.Queue[Progress | None] = asyncio.Queue()
-        task = asyncio.create_task(self.generate(request, request_id, events.put_nowait))
-        task.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-            yield await task
-        finally:
-            task.cancel()
+        self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
+    ) -> AsyncIterator[StreamEvent]:
+        """Draws one request and yields its events on the way; the result comes last.
 
-    async def _draw(self, request: ResolvedRequest, on_progress: OnProgress | None) -> ImageResult:
-        drawing = await draw(request, self._stages, on_progress)
-        files = await asyncio.gather(
-            *(
-                asyncio.to_thread(
-                    encode_image, pixels, request.output_format, request.quality, parameters(request, index)
-                )
-                for index, pixels in enumerate(drawing.pixels)
+        `partial_images`: previews of each image, 0 to 3. Without `progress` and previews the denoisers report nothing.
+        The first event is `Accepted`: what is wrong with a request is raised before.
+        """
+        if not 0 <= partial_images <= MAX_PARTIAL_IMAGES:
+            raise InvalidRequest(
+                f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
             )
+        resolved = resolve(request, self.facts, self.config.limits, request_id)
+        if partial_images and self.facts.preview_map is None:
+            warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
+            resolved = replace(resolved, warnings=(*resolved.warnings, warning))
+            partial_images = 0
+        events: asyncio.Queue[Progress | LatentPreview | ImageReady | None] = asyncio.Queue()
+        with self.admission.hold(resolved.n):
+            listener = Listener(events.put_nowait, partial_images) if progress or partial_images else None
+            task = asyncio.create_task(self._draw(resolved, listener, events.put_nowait))
+            task.add_done_callback(lambda _: events.put_nowait(None))
+            try:
+                yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
+                if progress:
+                    yield Progress("encode")
+                while (event := await events.get()) is not None:
+                    if isinstance(event, LatentPreview):
+                        yield await asyncio.to_thread(self._preview, event, resolved)
+                    elif progress or not isinstance(event, Progress):
+                        yield event
+                yield await task
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
+    def _preview(self, event: LatentPreview, request: ResolvedRequest) -> PartialImage:
+        assert self.facts.preview_map is not None
+        data = encode_preview(
+            event.latents, self.facts.preview_map, request.width, request.height, request.output_format
         )
-        images = [
-            GeneratedImage(data, request.seed + index, request.output_format, request.width, request.height)
-            for index, data in enumerate(files)
-        ]
+        return PartialImage(event.image, event.index, data, request.output_format, request.width, request.height)
+
+    async def _draw(
+        self,
+        request: ResolvedRequest,
+        listener: Listener | None = None,
+        on_ready: Callable[[ImageReady], None] | None = None,
+    ) -> ImageResult:
+        async def deliver(index: int, pixels: Bytes) -> GeneratedImage:
+            data = await asyncio.to_thread(
+                encode_image, pixels, request.output_format, request.quality, parameters(request, index)
+            )
+            picture = GeneratedImage(data, request.seed + index, request.output_format, request.width, request.height)
+            if on_ready is not None:
+                on_ready(ImageReady(index, picture))
+            return picture
+
+        drawing = await draw(request, self._stages, deliver, listener)
         warnings = [*request.warnings, *drawing.warnings]
-        return ImageResult(images, warnings, drawing.timings, request.request_id, int(time.time()))
+        return ImageResult(drawing.images, warnings, drawing.timings, request.request_id, int(time.time()))

@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Urgency:
+    """How soon a piece of work is wanted.
+
+    The deadline is told as the seconds that were left when the work was handed over: clocks of two machines can't
+    be compared, and the way between them is short.
+    """
+
+    priority: int = 0
+    time_left_s: float | None = None
+
+    def deadline(self, now: float) -> float | None:
+        """On the clock of whoever took it at `now`."""
+        return None if self.time_left_s is None else now + self.time_left_s
+
+
+@dataclass(frozen=True)
 class EncodeTask:
     """The texts of one request. The text encoder turns them into a `Conditioning`."""
 
@@ -30,6 +46,7 @@ class EncodeTask:
     base_guided: bool
     refined: bool
     refiner_guided: bool
+    urgency: Urgency = Urgency()
 
 
 @dataclass(frozen=True)
@@ -52,12 +69,31 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Stay:
+    """How long an image was in a denoiser, in seconds, and how much of that it waited before its first step."""
+
+    queue_s: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Latents:
     """Latents of one image and the state of the random stream that made them."""
 
     samples: Floats  # (4, H/8, W/8)
     generator_state: Bytes  # torch.Generator("cpu").get_state()
     steps: int  # UNet steps taken by the stage that returned it
+    stay: Stay = Stay()  # in that stage
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a denoiser tells of one image: after each step, and of its place while it waits for the first."""
+
+    step: int
+    steps: int
+    queue_position: int | None = None  # 0 is next
+    preview: Floats | None = None  # (4, H/8, W/8): the finished latents as far as they can be told by now
 
 
 @dataclass(frozen=True)
@@ -84,6 +120,9 @@ class DenoiseTask:
     denoising_end: float | None = None
     denoising_start: float | None = None
     latents: Latents | None = None
+    urgency: Urgency = Urgency()
+    steps_after: int = 0  # about how many the next stage will take
+    preview_at: tuple[float, ...] = ()  # fractions of this stage's steps after which a preview is wanted
 
     @property
     def guided(self) -> bool:
@@ -96,7 +135,7 @@ class DenoiseTask:
         return 2 if self.guided else 1
 
 
-def encode_task(request: ResolvedRequest) -> EncodeTask:
+def encode_task(request: ResolvedRequest, urgency: Urgency) -> EncodeTask:
     """The texts that a request needs encoded."""
     return EncodeTask(
         prompt=request.prompt,
@@ -107,10 +146,13 @@ def encode_task(request: ResolvedRequest) -> EncodeTask:
         base_guided=request.guidance_scale > 1,
         refined=request.refined,
         refiner_guided=request.refined and request.refiner_guidance_scale > 1,
+        urgency=urgency,
     )
 
 
-def base_task(request: ResolvedRequest, index: int, conditioning: Conditioning) -> DenoiseTask:
+def base_task(
+    request: ResolvedRequest, index: int, conditioning: Conditioning, urgency: Urgency, partial_images: int = 0
+) -> DenoiseTask:
     """The base's share of image `index`.
 
     Time ids are SDXL's micro-conditioning (arXiv 2307.01952, section 2.2). The negative ones count
@@ -138,11 +180,19 @@ def base_task(request: ResolvedRequest, index: int, conditioning: Conditioning) 
         time_ids=time_ids,
         negative_time_ids=negative_time_ids,
         denoising_end=request.high_noise_frac if request.refined else None,
+        urgency=urgency,
+        steps_after=round(request.num_inference_steps * (1 - request.high_noise_frac)),
+        preview_at=_preview_at(partial_images, 0.0, request.high_noise_frac),
     )
 
 
 def refiner_task(
-    request: ResolvedRequest, base: DenoiseTask, conditioning: Conditioning, latents: Latents
+    request: ResolvedRequest,
+    base: DenoiseTask,
+    conditioning: Conditioning,
+    latents: Latents,
+    urgency: Urgency,
+    partial_images: int = 0,
 ) -> DenoiseTask:
     """The refiner's share of the image that `base` began, as StableDiffusionXLImg2ImgPipeline does it.
 
@@ -176,4 +226,13 @@ def refiner_task(
         denoising_end=None,
         denoising_start=request.high_noise_frac,
         latents=latents,
+        urgency=urgency,
+        steps_after=0,
+        preview_at=_preview_at(partial_images, request.high_noise_frac, 1.0),
     )
+
+
+def _preview_at(count: int, start: float, end: float) -> tuple[float, ...]:
+    """Where `count` previews, spread evenly over the whole trajectory, fall within start < f <= end of it."""
+    fractions = (number / (count + 1) for number in range(1, count + 1))
+    return tuple((f - start) / (end - start) for f in fractions if start < f <= end)

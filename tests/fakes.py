@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,15 @@ from serve_app.config import AppConfig, Limits
 from serve_app.pipeline import OnStep, Stages
 from serve_app.resolve import ModelFacts
 from serve_app.service import ImageService
-from serve_app.tasks import Conditioning, DenoiseTask, EncodeTask, Latents, StageConditioning
+from serve_app.tasks import (
+    Conditioning,
+    DenoiseTask,
+    EncodeTask,
+    Latents,
+    StageConditioning,
+    StepReport,
+    Urgency,
+)
 
 if TYPE_CHECKING:
     from serve_app.tasks import Bytes, Floats
@@ -26,6 +35,7 @@ FACTS = ModelFacts(
     refiner_native_scheduler="EulerDiscreteScheduler",
     refiner_clip_skip_max=2,
     refiner_takes_aesthetic_score=True,
+    preview_map=((1.0, 0.0, 0.0),) + ((0.0, 0.0, 0.0),) * 3 + ((0.0, 0.0, 128.0),),  # red is the first channel
 )
 BASE_ALONE = ModelFacts(
     native_size_px=64, clip_skip_max=3, base_zeroes_missing_negative=True, native_scheduler="EulerDiscreteScheduler"
@@ -51,19 +61,26 @@ class FakeStages:
     warnings: tuple[str, ...] = ()
     calls: list[str] = field(default_factory=list)
     tasks: list[DenoiseTask] = field(default_factory=list)
+    asked: list[tuple[str, Urgency]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     entered: asyncio.Event = field(default_factory=asyncio.Event)
+    listened: int = 0  # denoiser calls that somebody listened to
 
     def stages(self) -> Stages:
         return Stages(self._encode, self._denoise, self._refine, self._decode)
 
+    def urgencies(self, stage: str) -> list[Urgency]:
+        return [urgency for name, urgency in self.asked if name == stage]
+
     async def _encode(self, task: EncodeTask) -> Conditioning:
+        self.asked.append(("encode", task.urgency))
         await self._begin("encode", None)
         return Conditioning(conditioning(), conditioning() if task.refined else None, self.warnings)
 
     async def _denoise(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
         self.entered.set()
         self.tasks.append(task)
+        self.listened += on_step is not None
         try:
             await self._begin("denoise", task.seed)
             if self.gate is not None and self.held_seed in (None, task.seed):
@@ -78,7 +95,8 @@ class FakeStages:
         await self._begin("refine", task.seed)
         return self._steps(task, 1, on_step)
 
-    async def _decode(self, latents: Floats) -> Bytes:
+    async def _decode(self, latents: Floats, urgency: Urgency) -> Bytes:
+        self.asked.append(("decode", urgency))
         seed = int(latents[0, 0, 0])
         await self._begin("decode", seed)
         _, height, width = latents.shape
@@ -93,10 +111,11 @@ class FakeStages:
 
     @staticmethod
     def _steps(task: DenoiseTask, steps: int, on_step: OnStep | None) -> Latents:
+        samples = np.full((4, task.height // 8, task.width // 8), task.seed, np.float32)
+        wanted = {max(math.ceil(fraction * steps), 1) for fraction in task.preview_at}
         for step in range(1, steps + 1):
             if on_step is not None:
-                on_step(step, steps)
-        samples = np.full((4, task.height // 8, task.width // 8), task.seed, np.float32)
+                on_step(StepReport(step, steps, preview=samples if step in wanted else None))
         return Latents(samples, np.zeros(1, np.uint8), steps)
 
 

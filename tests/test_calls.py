@@ -12,6 +12,7 @@ from ray.serve.exceptions import BackPressureError
 from serve_app.deployments import calls
 from serve_app.deployments.calls import _ReportOnce, retried
 from serve_app.errors import InvalidRequest, Overloaded, StageUnavailable
+from serve_app.tasks import StepReport
 
 
 @pytest.fixture(autouse=True)
@@ -100,11 +101,17 @@ async def test_a_cancelled_caller_stays_cancelled() -> None:
 
 
 def test_a_retry_reports_no_step_twice() -> None:
-    heard: list[tuple[int, int]] = []
-    report = _ReportOnce(lambda *step: heard.append(step))
-    for step in (1, 2, 3, 1, 2, 3, 4):
-        report(step, 4)
-    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    heard: list[StepReport] = []
+    report = _ReportOnce(heard.append)
+    first = [
+        StepReport(0, 4, queue_position=1),
+        StepReport(0, 4, queue_position=0),
+        *(StepReport(s, 4) for s in (1, 2)),
+    ]
+    again = [StepReport(0, 4, queue_position=5), *(StepReport(step, 4) for step in (1, 2, 3, 4))]
+    for event in [*first, *again]:
+        report(event)
+    assert heard == [*first, StepReport(3, 4), StepReport(4, 4)]
 
 
 async def test_stages_of_a_graph_without_a_refiner_have_none() -> None:

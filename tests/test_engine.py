@@ -10,10 +10,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from serve_app.engine import StepEngine
 from serve_app.errors import StageUnavailable
+from serve_app.scheduling import Budget, Job, StepScheduler
+from serve_app.tasks import Stay, StepReport
 
 DEADLINE_S = 20  # of a wait that ends at once unless the engine is broken
 
@@ -27,6 +30,8 @@ class Task:
     fails_in: str = ""  # begin, forward, advance or finish
     at_step: int = 0
     fatal: bool = False
+    priority: int = 0
+    preview_at: int = 0
 
 
 @dataclass
@@ -52,6 +57,7 @@ class CountingRunner:
         self.begun: list[str] = []
         self.passes: list[list[str]] = []
         self.threads: set[int] = set()
+        self.stays: dict[str, Stay] = {}
         self.held = False
         self._inside: queue.Queue[list[str]] = queue.Queue()
         self._go = threading.Semaphore(0)
@@ -69,14 +75,9 @@ class CountingRunner:
         self._fail_if(task, "begin", 0)
         return State(task)
 
-    def key(self, state: State) -> str:
-        return state.task.key
-
-    def rows(self, state: State) -> int:
-        return state.task.rows
-
-    def steps(self, state: State) -> int:
-        return state.task.steps
+    def job(self, state: State, job_id: str, arrived: float) -> Job:
+        task = state.task
+        return Job(job_id, task.key, task.rows, steps=task.steps, priority=task.priority)
 
     def forward(self, states: Sequence[State]) -> list[int]:
         self.threads.add(threading.get_ident())
@@ -89,12 +90,14 @@ class CountingRunner:
             self._fail_if(state.task, "forward", len(state.values))
         return [len(state.values) for state in states]
 
-    def advance(self, state: State, output: int) -> None:
+    def advance(self, state: State, output: int) -> np.ndarray | None:
         self._fail_if(state.task, "advance", len(state.values))
         state.values.append(output)
+        return np.full(1, len(state.values)) if state.task.preview_at == len(state.values) else None
 
-    def finish(self, state: State) -> Result:
+    def finish(self, state: State, stay: Stay) -> Result:
         self._fail_if(state.task, "finish", 0)
+        self.stays[state.task.name] = stay
         return Result(state.task.name, tuple(state.values))
 
     def is_fatal(self, error: Exception) -> bool:
@@ -113,7 +116,7 @@ Engine = StepEngine[Task, State, int, Result]
 async def an_engine(max_rows: int = 4, *, held: bool = False) -> AsyncIterator[tuple[Engine, CountingRunner]]:
     runner = CountingRunner()
     runner.held = held
-    engine: Engine = StepEngine(runner, max_rows, "test")
+    engine: Engine = StepEngine(runner, StepScheduler(Budget(max_rows)), "test")
     try:
         async with asyncio.timeout(DEADLINE_S):
             yield engine, runner
@@ -210,12 +213,58 @@ async def test_the_event_loop_is_free_during_a_pass() -> None:
 async def test_steps_are_reported_in_order_and_before_the_result() -> None:
     async with an_engine() as (engine, _):
         events: list[object] = []
-        events.append(await engine.run(Task("a", steps=3), on_step=lambda step, steps: events.append((step, steps))))
-        assert events == [(1, 3), (2, 3), (3, 3), Result("a", (0, 1, 2))]
+        events.append(await engine.run(Task("a", steps=3), on_step=events.append))
+        assert events == [StepReport(1, 3), StepReport(2, 3), StepReport(3, 3), Result("a", (0, 1, 2))]
+
+
+async def test_a_preview_comes_with_its_step() -> None:
+    async with an_engine() as (engine, _):
+        heard: list[StepReport] = []
+        await engine.run(Task("a", steps=3, preview_at=2), on_step=heard.append)
+        assert [None if report.preview is None else list(report.preview) for report in heard] == [None, [2], None]
+
+
+async def test_a_task_hears_its_place_while_it_waits_and_each_change_of_it() -> None:
+    async with an_engine(max_rows=1, held=True) as (engine, runner):
+        a = await hold_one(engine, runner, Task("a", steps=2))
+        (b,) = await start(engine, Task("b", steps=2))
+        heard: list[StepReport] = []
+        c = asyncio.create_task(engine.run(Task("c", steps=1), on_step=heard.append))
+        while engine.stats()["waiting"] < 2:
+            await asyncio.sleep(0)
+        runner.let_go()
+        await asyncio.gather(a, b, c)
+        assert runner.passes == [["a"], ["a"], ["b"], ["b"], ["c"]]
+        assert heard == [StepReport(0, 1, 1), StepReport(0, 1, 0), StepReport(1, 1)]
+
+
+async def test_more_urgent_tasks_go_first() -> None:
+    async with an_engine(max_rows=1, held=True) as (engine, runner):
+        plug = await hold_one(engine, runner, Task("plug"))
+        tasks = await start(engine, Task("a"), Task("b", priority=1), Task("c", priority=2))
+        runner.let_go()
+        await asyncio.gather(plug, *tasks)
+        assert runner.passes == [["plug"], ["c"], ["b"], ["a"]]
+
+
+async def test_a_stay_says_how_long_it_was_and_how_much_of_it_waiting() -> None:
+    async with an_engine(max_rows=1, held=True) as (engine, runner):
+        a = await hold_one(engine, runner, Task("a"))
+        (b,) = await start(
+            engine,
+            Task("b", steps=0),
+        )
+        (c,) = await start(engine, Task("c"))
+        await asyncio.sleep(0.05)
+        runner.let_go()
+        await asyncio.gather(a, b, c)
+        assert runner.stays["a"].queue_s < runner.stays["a"].seconds
+        assert 0.05 <= runner.stays["c"].queue_s <= runner.stays["c"].seconds
+        assert runner.stays["b"].queue_s == runner.stays["b"].seconds >= 0.05, "it never had a pass"
 
 
 async def test_a_listener_that_raises_harms_nobody() -> None:
-    def raises(step: int, steps: int) -> None:
+    def raises(report: StepReport) -> None:
         raise ValueError("listener")
 
     heard: list[str] = []
@@ -308,7 +357,7 @@ async def test_a_pass_too_large_for_the_memory_goes_through_in_parts() -> None:
 
     runner = SmallMemory()
     runner.held = True
-    engine: Engine = StepEngine(runner, 4, "test")
+    engine: Engine = StepEngine(runner, StepScheduler(Budget(4)), "test")
     async with asyncio.timeout(DEADLINE_S):
         plug = await hold_one(engine, runner, Task("plug"))
         tasks = [Task(name, steps=2) for name in "abc"]
@@ -398,7 +447,9 @@ async def test_the_counters_count() -> None:
         (b,) = await start(engine, Task("b", steps=1, rows=2))
         runner.let_go()
         await asyncio.gather(a, b)
-        assert engine.stats() == {
+        stats = engine.stats()
+        assert 0 < stats.pop("forward_s") <= stats.pop("busy_s")
+        assert stats == {
             "max_rows": 4,
             "passes": 3,
             "rows": 2 + 4 + 2,
@@ -456,7 +507,7 @@ async def test_a_failed_pass_lets_go_of_its_memory_before_its_halves_run() -> No
             return super().begin(task)
 
     all_have_arrived = threading.Event()
-    engine: Engine = StepEngine(FullDevice(), 4, "test")
+    engine: Engine = StepEngine(FullDevice(), StepScheduler(Budget(4)), "test")
     tasks = await start(engine, *(Task(name, steps=2) for name in "abcd"))
     all_have_arrived.set()
     await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)

@@ -108,7 +108,7 @@ def test_every_answer_says_where_the_time_went(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json={"prompt": PROMPT, **FIELDS}, headers={"x-request-id": "mine-1"})
     assert answer.headers.get_list("x-request-id") == ["mine-1"]
     stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
-    assert list(stages) == ["encode", "denoise", "refine", "decode"]
+    assert list(stages) == ["encode", "denoise", "refine", "decode", "queue"]
     assert all(float(duration) > 0 for duration in stages.values())
     assert "x-sdxl-warnings" not in answer.headers
 

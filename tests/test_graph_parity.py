@@ -70,6 +70,10 @@ class Recorder:
         return kept
 
 
+async def pixels_themselves(index: int, pixels: np.ndarray) -> np.ndarray:
+    return pixels
+
+
 async def test_latents_of_each_stage(graph: Running, expected: dict[str, list[Expected]]) -> None:
     handles = [serve.get_deployment_handle(n, "sdxl") for n in ("TextEncoder", "BaseDenoiser", "Refiner", "VaeDecoder")]
     facts: dict[str, Any] = {}
@@ -79,7 +83,7 @@ async def test_latents_of_each_stage(graph: Running, expected: dict[str, list[Ex
     for name, request in CASES.items():
         recorder = Recorder(remote_stages(*handles))
         resolved = resolve(request.model_copy(update={"n": 1}), ModelFacts(**facts), Limits())
-        drawing = await draw(resolved, recorder.stages)
+        drawing = await draw(resolved, recorder.stages, pixels_themselves)
         theirs = expected[name][0]
         assert set(recorder.latents) == set(theirs.latents), name
         for stage, latents in recorder.latents.items():
@@ -87,7 +91,7 @@ async def test_latents_of_each_stage(graph: Running, expected: dict[str, list[Ex
             took_part[stage] += latents.steps > 0
             scale = np.abs(theirs.latents[stage]).max()
             assert np.abs(latents.samples - theirs.latents[stage]).max() <= 2e-4 * scale, (name, stage)
-        assert far_apart(drawing.pixels[0], theirs.pixels) <= 1
+        assert far_apart(drawing.images[0], theirs.pixels) <= 1
     # Most cases must have exercised both denoisers, or the comparison says little.
     assert took_part["denoise"] >= 30
     assert took_part["refine"] >= 30

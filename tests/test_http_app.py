@@ -264,7 +264,7 @@ async def test_generations_answers_with_pictures() -> None:
     assert kept is not None and (kept["seed"], kept["width"], kept["height"]) == (6, 64, 72)
     assert answer["warnings"] == ["hd is unknown and was ignored", "cut"]
     assert json.loads(response.headers["x-sdxl-warnings"]) == answer["warnings"]
-    assert timing_stages(response) == STAGES
+    assert timing_stages(response) == [*STAGES, "queue"]
 
 
 async def test_a_field_whose_name_is_no_text_is_warned_of() -> None:
@@ -286,7 +286,7 @@ async def test_score_answers_with_a_row_an_image() -> None:
         assert set(row) == {"prompt", "generated_image", "nsfw_content_detected"}
         assert base64.b64decode(row["generated_image"]).startswith(b"\x89PNG")
     assert json.loads(response.headers["x-sdxl-warnings"]) == ["strength is unknown and was ignored"]
-    assert timing_stages(response) == STAGES
+    assert timing_stages(response) == [*STAGES, "queue"]
     assert response.headers["x-ms-request-id"] == response.headers["x-request-id"]
     assert response.headers["x-ms-client-request-id"] == "theirs"
 
@@ -310,7 +310,7 @@ async def test_imagine_answers_with_a_picture() -> None:
     assert kept is not None and (kept["prompt"], kept["width"], kept["seed"]) == ("a cat", 128, 5)
     assert response.headers["x-sdxl-seed"] == "5"
     assert json.loads(response.headers["x-sdxl-warnings"]) == ["cat is unknown and was ignored"]
-    assert timing_stages(response) == STAGES
+    assert timing_stages(response) == [*STAGES, "queue"]
 
 
 async def test_a_request_without_warnings_has_no_warnings_header() -> None:
@@ -323,7 +323,13 @@ async def test_rows_that_ran_side_by_side_are_timed_by_the_slowest_of_each_stage
             results = await super().generate_all(*arguments, **options)
             seconds = [(1.0, 4.0, 0.0, 2.0), (3.0, 2.0, 0.5, 1.0)]
             return [
-                replace(result, timings=[StageTiming(t.stage, s) for t, s in zip(result.timings, row, strict=True)])
+                replace(
+                    result,
+                    timings=[
+                        StageTiming(t.stage, s, queue_seconds=0.25 if t.stage == "denoise" and s > 3 else 0.0)
+                        for t, s in zip(result.timings, row, strict=True)
+                    ],
+                )
                 for result, row in zip(results, seconds, strict=True)
             ]
 
@@ -331,12 +337,12 @@ async def test_rows_that_ran_side_by_side_are_timed_by_the_slowest_of_each_stage
     async with a_client(Timed(plain.config, plain.facts, FakeStages().stages())) as client:
         response = await client.post(SCORE, json={"input_data": {"prompt": ["p", "q"]}})
     timing = response.headers["server-timing"]
-    assert timing == "encode;dur=3000.0, denoise;dur=4000.0, refine;dur=500.0, decode;dur=2000.0"
+    assert timing == "encode;dur=3000.0, denoise;dur=4000.0, refine;dur=500.0, decode;dur=2000.0, queue;dur=3250.0"
 
 
 async def test_the_base_alone_is_timed_in_four_stages_too() -> None:
     response = await get(FakeStages(), f"{IMAGINE}?prompt=p&high_noise_frac=1")
-    assert timing_stages(response) == STAGES
+    assert timing_stages(response) == [*STAGES, "queue"]
     assert "refine;dur=0.0" in response.headers["server-timing"]
 
 

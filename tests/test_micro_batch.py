@@ -11,6 +11,8 @@ import pytest
 
 from serve_app.errors import StageUnavailable
 from serve_app.micro_batch import MicroBatcher, SharedCache
+from serve_app.scheduling import Budget, StepScheduler
+from serve_app.tasks import Urgency
 
 DEADLINE_S = 20  # of a wait that ends at once unless something is broken
 
@@ -55,7 +57,7 @@ async def a_batcher(*, max_batch_size: int = 8) -> AsyncIterator[tuple[MicroBatc
     device = Device()
     batcher = MicroBatcher(
         device.run,
-        max_batch_size=max_batch_size,
+        StepScheduler(Budget(max_batch_size)),
         key=lambda item: item[0] if item[0].isdigit() else "",
         is_fatal=lambda error: isinstance(error, BrokenDevice),
         name="test",
@@ -91,6 +93,29 @@ async def test_what_comes_while_the_device_is_busy_is_one_batch() -> None:
         assert [await task for task in (plug, *tasks)] == ["PLUG", "A", "B", "C"]
         assert device.batches == [["plug"], ["a", "b", "c"]]
         assert batcher.stats() == {"batches": 2, "items": 4, "failed": 0, "cancelled": 0, "waiting": 0}
+
+
+async def test_more_urgent_items_go_first() -> None:
+    async with a_batcher(max_batch_size=1) as (batcher, device):
+        plug = await busy(batcher, device)
+        urgencies = {"a": Urgency(), "b": Urgency(priority=3), "c": Urgency(priority=3, time_left_s=-1.0)}
+        tasks = [asyncio.create_task(batcher.submit(item, urgency)) for item, urgency in urgencies.items()]
+        await asyncio.sleep(0)
+        device.let_go()
+        await asyncio.gather(plug, *tasks)
+        assert device.batches == [["plug"], ["b"], ["c"], ["a"]], "what is late yields to its equals"
+
+
+async def test_a_batch_ends_where_its_pixels_do() -> None:
+    device = Device()
+    batcher = MicroBatcher(
+        device.run, StepScheduler(Budget(8, pixels=5)), key=lambda _: "", pixels=len, is_fatal=lambda _: False, name="t"
+    )
+    plug = await busy(batcher, device)
+    tasks = await submitted(batcher, "aaa", "bbb", "cc")
+    device.let_go()
+    await asyncio.gather(plug, *tasks)
+    assert device.batches == [["plug"], ["aaa", "cc"], ["bbb"]]
 
 
 async def test_an_idle_device_starts_at_once() -> None:
@@ -344,7 +369,7 @@ async def test_a_failed_batch_lets_go_of_its_memory_before_its_halves_run() -> N
         return list(items)
 
     batcher: MicroBatcher[str, str] = MicroBatcher(
-        run, max_batch_size=4, key=len, is_fatal=lambda _: False, name="test"
+        run, StepScheduler(Budget(4)), key=len, is_fatal=lambda _: False, name="test"
     )
     assert await asyncio.gather(*(batcher.submit(item) for item in "abcd")) == list("abcd")
     assert len(left_behind) == 7

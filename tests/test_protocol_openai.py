@@ -76,7 +76,12 @@ def test_size_may_agree_with_width_and_height_and_not_contradict_them() -> None:
         ({"style": "vivid"}, "style has no effect on SDXL"),
         ({"moderation": "low"}, "moderation has no effect on SDXL"),
         ({"user": "me"}, "user has no effect on SDXL"),
-        ({"partial_images": 2}, "partial_images has no effect on SDXL"),
+        ({"partial_images": 2}, "partial_images has no effect without stream"),
+        ({"progress": True, "stream": False}, "progress has no effect without stream"),
+        (
+            {"stream": True, "response_format": "url"},
+            "response_format url has no effect on a stream: its events hold base64",
+        ),
         (
             {"background": "transparent"},
             "background transparent has no effect: SDXL draws opaque pictures",
@@ -110,7 +115,7 @@ def test_what_asks_for_what_is_done_anyway_warns_of_nothing(fields: dict[str, An
         ("background", "red"),
         ("moderation", "none"),
         ("stream", "yes"),
-        ("stream", True),
+        ("progress", "yes"),
         ("partial_images", 4),
         ("partial_images", -1),
         ("partial_images", True),

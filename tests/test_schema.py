@@ -52,6 +52,8 @@ def test_the_defaults_are_the_published_ones() -> None:
         "aesthetic_score": 6.0,
         "negative_aesthetic_score": 2.5,
         "clip_skip": None,
+        "priority": 0,
+        "deadline_s": None,
         "output_format": "png",
         "output_compression": None,
     }
@@ -69,6 +71,7 @@ INTEGER_BOUNDS = [
     ("seed", 0, MAX_SEED),
     ("num_inference_steps", 1, 500),
     ("clip_skip", 0, None),
+    ("priority", -100, 100),
     ("output_compression", 0, 100),
 ]
 NUMBER_BOUNDS = [
@@ -90,7 +93,7 @@ PAIR_BOUNDS = [
 
 
 def test_the_tables_of_bounds_hold_every_number_of_a_request() -> None:
-    tabled = {name for name, *_ in (*INTEGER_BOUNDS, *NUMBER_BOUNDS, *PAIR_BOUNDS)} | {"high_noise_frac"}
+    tabled = {name for name, *_ in (*INTEGER_BOUNDS, *NUMBER_BOUNDS, *PAIR_BOUNDS)} | {"high_noise_frac", "deadline_s"}
     assert tabled == {name for name, kind in field_kinds().items() if kind.base is not str}
 
 
@@ -103,6 +106,13 @@ def test_a_number_ends_at_its_bounds(name: str, lowest: float, highest: float | 
         above = highest + 1 if isinstance(highest, int) else math.nextafter(highest, 1_000)
         assert getattr(parse_request({"prompt": "p", name: highest}), name) == highest
         assert refusal(**{name: above}).param == name
+
+
+def test_a_deadline_is_above_0_and_within_a_day() -> None:
+    for value in (math.nextafter(0, 1), 86_400.0):
+        assert parse_request({"prompt": "p", "deadline_s": value}).deadline_s == value
+    for value in (0.0, -1.0, math.nextafter(86_400.0, 1e6)):
+        assert refusal(deadline_s=value).param == "deadline_s"
 
 
 def test_high_noise_frac_is_above_0_and_up_to_1() -> None:

@@ -109,7 +109,8 @@ def test_a_forward_pass_changes_no_state(base: Checkpoint) -> None:
 
 def test_shapes_that_cannot_share_a_pass_have_other_keys(base: Checkpoint) -> None:
     denoiser = Denoiser(base, FLOAT32)
-    keys = {denoiser.key(denoiser.begin(task(width, height))) for width, height in ((128, 128), (128, 96), (96, 128))}
+    sizes = ((128, 128), (128, 96), (96, 128))
+    keys = {denoiser.job(denoiser.begin(task(width, height)), "a", 0.0).key for width, height in sizes}
     assert len(keys) == 3
 
 

@@ -17,8 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from serve_app.errors import Overloaded, ServiceError, StageUnavailable
 from serve_app.pipeline import OnStep, Stages
-from serve_app.schema import Progress
-from serve_app.tasks import DenoiseTask, Latents
+from serve_app.tasks import DenoiseTask, Latents, StepReport
 
 logger = logging.getLogger("ray.serve")
 ResultT = TypeVar("ResultT")
@@ -40,7 +39,7 @@ def remote_stages(
         encode=lambda task: retried("encode", lambda: _result(encoder.encode.remote(task))),
         denoise=_denoise("denoise", base),
         refine=no_refiner if refiner is None else _denoise("refine", refiner),
-        decode=lambda latents: retried("decode", lambda: _result(decoder.decode.remote(latents))),
+        decode=lambda latents, urgency: retried("decode", lambda: _result(decoder.decode.remote(latents, urgency))),
     )
 
 
@@ -58,16 +57,19 @@ def _denoise(stage: str, handle: DeploymentHandle) -> Callable[[DenoiseTask, OnS
 
 
 class _ReportOnce:
-    """Passes each step on once: a retry begins again at the first step, its listener does not."""
+    """Passes each step on once: a retry begins again at the first step, its listener does not.
+
+    Places in the queue count until the first step.
+    """
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
         self._reported = 0
 
-    def __call__(self, step: int, steps: int) -> None:
-        if step > self._reported:
-            self._reported = step
-            self._on_step(step, steps)
+    def __call__(self, report: StepReport) -> None:
+        if report.step > self._reported or (report.step == 0 and self._reported == 0):
+            self._reported = report.step
+            self._on_step(report)
 
 
 async def describe(handle: DeploymentHandle) -> dict[str, Any]:
@@ -88,8 +90,8 @@ async def _last(stream: DeploymentResponseGenerator, on_step: OnStep) -> Any:
     last = None
     try:
         async for event in stream:
-            if isinstance(event, Progress):
-                on_step(event.step, event.steps)
+            if isinstance(event, StepReport):
+                on_step(event)
             last = event
     except asyncio.CancelledError:
         stream.cancel()

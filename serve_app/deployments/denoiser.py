@@ -12,8 +12,8 @@ from serve_app import checkpoint
 from serve_app.config import AppConfig
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.engine import StepEngine
-from serve_app.schema import Progress
-from serve_app.tasks import DenoiseTask, Latents
+from serve_app.scheduling import Budget
+from serve_app.tasks import DenoiseTask, Latents, StepReport
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,9 @@ class Denoiser:
         checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
         self._denoiser = UNetDenoiser(folder, prepare(config, settings))
         self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
-            self._denoiser, settings.max_batch_rows, name=stage
+            self._denoiser,
+            settings.scheduler(Budget(settings.max_batch_rows, settings.max_batch_pixels)),
+            name=stage,
         )
 
     async def run(self, task: DenoiseTask) -> Latents:
@@ -44,14 +46,14 @@ class Denoiser:
         with ending_when_unavailable():
             return await self._engine.run(task)
 
-    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[Progress | Latents]:
-        """The same, with a `Progress` after each step; the latents come last."""
-        events: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        work = asyncio.create_task(self._engine.run(task, lambda *event: events.put_nowait(event)))
+    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[StepReport | Latents]:
+        """The same, with a report after each step and of its place in the queue; the latents come last."""
+        events: asyncio.Queue[StepReport | None] = asyncio.Queue()
+        work = asyncio.create_task(self._engine.run(task, events.put_nowait))
         work.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
-                yield Progress(self._stage, step=event[0], steps=event[1])
+                yield event
             with ending_when_unavailable():
                 latents = await work
             yield latents

@@ -14,7 +14,7 @@ from serve_app.config import AppConfig
 from serve_app.deployments.calls import describe, remote_stages
 from serve_app.http_app import build_http_app
 from serve_app.resolve import ModelFacts, check_native_size
-from serve_app.schema import ImageRequest, ImageResult, Progress
+from serve_app.schema import ImageRequest, ImageResult, StreamEvent
 from serve_app.service import ImageService
 
 
@@ -33,7 +33,9 @@ class Ingress:
     ) -> None:
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
         facts: dict[str, Any] = {"embedded_demo": config.base.path == "embedded:base"}
-        for part in await asyncio.gather(*(describe(stage) for stage in (encoder, base, refiner) if stage is not None)):
+        for part in await asyncio.gather(
+            *(describe(stage) for stage in (encoder, base, refiner, decoder) if stage is not None)
+        ):
             facts |= part
         check_native_size(facts["native_size_px"], config.limits)
         stages = remote_stages(encoder, base, refiner, decoder)
@@ -46,12 +48,12 @@ class Ingress:
         """Draws a request. Raises a `ServiceError`."""
         return await self._service.generate(request)
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[Progress | ImageResult]:
-        """Draws a request and yields `Progress` on the way; the `ImageResult` comes last.
+    async def stream(self, request: ImageRequest, partial_images: int = 0) -> AsyncIterator[StreamEvent]:
+        """Draws a request and yields its events on the way; the `ImageResult` comes last.
 
-        For `handle.options(stream=True).stream.remote(request)`.
+        For `handle.options(stream=True).stream.remote(request)`. `partial_images`: previews of each image, 0 to 3.
         """
-        async for event in self._service.stream(request):
+        async for event in self._service.stream(request, partial_images=partial_images):
             yield event
 
     async def stats(self) -> dict[str, Any]:

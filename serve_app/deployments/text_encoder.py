@@ -11,6 +11,7 @@ from serve_app import checkpoint
 from serve_app.config import AppConfig
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.micro_batch import MicroBatcher, SharedCache
+from serve_app.scheduling import Budget
 from serve_app.tasks import Conditioning, EncodeTask
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class TextEncoder:
         self._encoders = TextEncoders(base, refiner, prepare(config, config.text_encoder))
         self._batcher: MicroBatcher[TextJob, TextEmbedding] = MicroBatcher(
             self._encoders.embed,
-            max_batch_size=config.text_encoder.max_batch_size,
+            config.text_encoder.scheduler(Budget(config.text_encoder.max_batch_size)),
             key=lambda job: job.encoder,
             is_fatal=is_context_broken,
             name="encode",
@@ -48,7 +49,10 @@ class TextEncoder:
         jobs = self._encoders.jobs(task)
         with ending_when_unavailable():
             embeddings = await asyncio.gather(
-                *(self._cache.get(job, lambda job=job: self._batcher.submit(job)) for job in jobs.values())
+                *(
+                    self._cache.get(job, lambda job=job: self._batcher.submit(job, task.urgency))
+                    for job in jobs.values()
+                )
             )
         return self._encoders.assemble(task, dict(zip(jobs, embeddings, strict=True)))
 

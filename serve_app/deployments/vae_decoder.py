@@ -11,6 +11,8 @@ from serve_app.config import AppConfig
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.errors import PictureFailed
 from serve_app.micro_batch import MicroBatcher
+from serve_app.scheduling import Budget
+from serve_app.tasks import Urgency
 
 if TYPE_CHECKING:
     from serve_app.tasks import Bytes, Floats
@@ -29,19 +31,26 @@ class VaeDecoder:
         self._decoder = Decoder(source, prepare(config, config.vae_decoder))
         self._batcher: MicroBatcher[Floats, Bytes | PictureFailed] = MicroBatcher(
             self._decoder.decode,
-            max_batch_size=config.vae_decoder.max_batch_size,
+            config.vae_decoder.scheduler(
+                Budget(config.vae_decoder.max_batch_size, config.vae_decoder.max_batch_pixels)
+            ),
             key=lambda latents: latents.shape,
+            pixels=lambda latents: latents.shape[1] * latents.shape[2] * self._decoder.scale_factor**2,
             is_fatal=is_context_broken,
             name="decode",
         )
 
-    async def decode(self, latents: Floats) -> Bytes:
+    async def decode(self, latents: Floats, urgency: Urgency) -> Bytes:
         """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
         with ending_when_unavailable():
-            pixels = await self._batcher.submit(latents)
+            pixels = await self._batcher.submit(latents, urgency)
         if isinstance(pixels, PictureFailed):
             raise pixels
         return pixels
+
+    async def describe(self) -> dict[str, Any]:
+        """This stage's share of `ModelFacts`."""
+        return {"preview_map": self._decoder.preview_map}
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

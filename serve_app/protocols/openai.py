@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,7 +13,18 @@ from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import unknown_fields
 from serve_app.protocols.json_body import NotJson, parse_json
-from serve_app.schema import ImageRequest, ImageResult, invalid_request, parse_request
+from serve_app.schema import (
+    MAX_PARTIAL_IMAGES,
+    GeneratedImage,
+    ImageReady,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Progress,
+    StreamEvent,
+    invalid_request,
+    parse_request,
+)
 
 ResponseFormat = Literal["b64_json", "url"]
 
@@ -36,8 +47,17 @@ class OpenAIFields(BaseModel):
         None, description="SDXL draws opaque pictures; transparent warns."
     )
     moderation: Literal["auto", "low"] | None = Field(None, description="No effect (warns).")
-    stream: bool | None = Field(None, description="Streaming is not supported yet: true is refused.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="Acts with stream only; no effect (warns).")
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events: previews, then each picture as soon as it is finished."
+    )
+    partial_images: int | None = Field(
+        None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each picture; acts with stream only."
+    )
+    progress: bool | None = Field(
+        None,
+        description="SDXL's own: events `image_generation.progress` with stage, step, steps and the place in the "
+        "queue; acts with stream only.",
+    )
     user: str | None = Field(None, description="No effect (warns).")
 
 
@@ -46,6 +66,9 @@ class Decoded:
     request: ImageRequest
     response_format: ResponseFormat
     warnings: tuple[str, ...]
+    stream: bool = False
+    partial_images: int = 0
+    progress: bool = False
 
 
 def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
@@ -61,18 +84,30 @@ def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
         raise ModelNotFound(
             f"model: {own.model[:100]!r} does not exist; this service has {', '.join(model_names)}", param="model"
         )
-    if own.stream:
-        raise InvalidRequest("stream: this service does not stream yet; leave it out", param="stream")
     request_fields = {n: v for n, v in given.items() if n in ImageRequest.model_fields}
     _apply_size(own.size, request_fields)
     if "prompt" not in request_fields:
         raise InvalidRequest("prompt: field required", param="prompt")
-    for name in ("quality", "style", "moderation", "user", "partial_images"):
+    for name in ("quality", "style", "moderation", "user"):
         if getattr(own, name) not in (None, "auto"):
             warnings.append(f"{name} has no effect on SDXL")
+    if own.stream:
+        if own.response_format == "url":
+            warnings.append("response_format url has no effect on a stream: its events hold base64")
+    else:
+        warnings += [
+            f"{name} has no effect without stream" for name in ("partial_images", "progress") if getattr(own, name)
+        ]
     if own.background == "transparent":
         warnings.append("background transparent has no effect: SDXL draws opaque pictures")
-    return Decoded(parse_request(request_fields), own.response_format or "b64_json", tuple(warnings))
+    return Decoded(
+        parse_request(request_fields),
+        own.response_format or "b64_json",
+        tuple(warnings),
+        stream=bool(own.stream),
+        partial_images=own.partial_images or 0,
+        progress=bool(own.progress),
+    )
 
 
 def encode(result: ImageResult, response_format: ResponseFormat, warnings: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -95,6 +130,62 @@ def encode(result: ImageResult, response_format: ResponseFormat, warnings: tuple
         ],
         "warnings": [*warnings, *result.warnings],
     }
+
+
+@dataclass
+class StreamEncoder:
+    """Encodes the events of a stream.
+
+    `image_index`, `seed` and the progress events are SDXL's own. The event of the picture that is finished last waits
+    for the `ImageResult`: it holds what is known only then, `warnings` and `timings`. `created` is Unix time, seconds.
+    """
+
+    images: int
+    created: int
+    warnings: tuple[str, ...] = ()
+    _ready: int = 0
+    _last: ImageReady | None = None
+
+    def encode(self, event: StreamEvent) -> dict[str, Any] | None:
+        """An event's data, whose `type` is its name; None for what this format does not tell, or not yet."""
+        match event:
+            case Progress():
+                return {
+                    "type": "image_generation.progress",
+                    "image_index": event.image,
+                    "stage": event.stage,
+                    "step": event.step,
+                    "steps": event.steps,
+                    "queue_position": event.queue_position,
+                }
+            case PartialImage():
+                fields = {"partial_image_index": event.index, "image_index": event.image}
+                return {"type": "image_generation.partial_image", **self._picture(event), **fields}
+            case ImageReady():
+                self._ready += 1
+                if self._ready < self.images:
+                    return self._completed(event)
+                self._last = event
+            case ImageResult():
+                assert self._last is not None
+                timings = [asdict(timing) for timing in event.timings]
+                warnings = [*self.warnings, *event.warnings]
+                return self._completed(self._last) | {"warnings": warnings, "timings": timings}
+        return None
+
+    def _completed(self, event: ImageReady) -> dict[str, Any]:
+        fields = {"image_index": event.image, "seed": event.picture.seed}
+        return {"type": "image_generation.completed", **self._picture(event.picture), **fields}
+
+    def _picture(self, picture: GeneratedImage | PartialImage) -> dict[str, Any]:
+        return {
+            "b64_json": base64.b64encode(picture.data).decode("ascii"),
+            "created_at": self.created,
+            "size": f"{picture.width}x{picture.height}",
+            "quality": "auto",
+            "background": "opaque",
+            "output_format": picture.output_format,
+        }
 
 
 def encode_error(error: ServiceError) -> dict[str, Any]:

@@ -6,9 +6,10 @@ scheduler object, random stream), and each forward pass gathers rows of many and
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +23,15 @@ from serve_app.sampling import (
     guide,
     make_scheduler,
     make_step,
+    predicted_original,
     refiner_timesteps,
 )
+from serve_app.scheduling import Job
 from serve_app.stages.device import Compute, is_context_broken
-from serve_app.tasks import DenoiseTask, Latents
+from serve_app.tasks import DenoiseTask, Latents, Stay
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Floats
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Trajectory:
     prompt_embeds: torch.Tensor  # (R, 77k, D), R = 2 with guidance, negative first; else 1
     pooled: torch.Tensor  # (R, P)
     time_ids: torch.Tensor  # (R, 5 or 6) float32
+    previews: frozenset[int] = frozenset()  # steps after which one is wanted
     index: int = 0
 
 
@@ -92,6 +99,7 @@ class Denoiser:
             prompt_embeds=embeds,
             pooled=pooled,
             time_ids=time_ids,
+            previews=frozenset(max(math.ceil(fraction * len(timesteps)), 1) for fraction in task.preview_at),
         )
 
     def _conditioning(self, task: DenoiseTask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,14 +117,19 @@ class Denoiser:
             torch.tensor(time_ids, dtype=torch.float32, device=device),
         )
 
-    def key(self, state: Trajectory) -> Hashable:
-        return tuple(state.latents.shape[-2:]), state.prompt_embeds.shape[1]
-
-    def rows(self, state: Trajectory) -> int:
-        return state.task.rows
-
-    def steps(self, state: Trajectory) -> int:
-        return len(state.timesteps)
+    def job(self, state: Trajectory, job_id: str, arrived: float) -> Job:
+        """Latents of one shape and conditioning of one length can share a pass; all else may differ."""
+        task = state.task
+        return Job(
+            job_id,
+            key=(tuple(state.latents.shape[-2:]), state.prompt_embeds.shape[1]),
+            rows=task.rows,
+            pixels=task.rows * task.width * task.height,
+            steps=len(state.timesteps),
+            steps_after=task.steps_after,
+            priority=task.urgency.priority,
+            deadline=task.urgency.deadline(arrived),
+        )
 
     def is_fatal(self, error: Exception) -> bool:
         return is_context_broken(error)
@@ -141,20 +154,32 @@ class Denoiser:
             },
             return_dict=False,
         )[0]
+        if self._compute.device.type == "cuda":
+            # Launches run ahead of the device; who joins or leaves must be decided a pass at a time.
+            torch.cuda.current_stream().synchronize()
         return list(noise.float().split([state.task.rows for state in states]))
 
     @torch.inference_mode()
-    def advance(self, state: Trajectory, output: torch.Tensor) -> None:
+    def advance(self, state: Trajectory, output: torch.Tensor) -> Floats | None:
         """One step of one image: guidance, then its own scheduler."""
-        task = state.task
+        task, timestep = state.task, state.timesteps[state.index]
         noise = guide(output, task.guidance_scale, task.guidance_rescale) if task.guided else output
-        state.latents = state.scheduler_step(noise, state.timesteps[state.index], state.latents)[0]
+        preview = None
+        if state.index + 1 in state.previews:
+            preview = _on_host(predicted_original(state.scheduler, noise, timestep, state.latents)[0])
+        state.latents = state.scheduler_step(noise, timestep, state.latents)[0]
         state.index += 1
+        return preview
 
     @torch.inference_mode()
-    def finish(self, state: Trajectory) -> Latents:
+    def finish(self, state: Trajectory, stay: Stay) -> Latents:
         return Latents(
-            samples=state.latents[0].to("cpu", torch.float32).numpy().copy(),
+            samples=_on_host(state.latents[0]),
             generator_state=state.generator.get_state().numpy().copy(),
             steps=state.index,
+            stay=stay,
         )
+
+
+def _on_host(latents: torch.Tensor) -> Floats:
+    return latents.to("cpu", torch.float32).numpy().copy()
