@@ -150,6 +150,10 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             self._closing = True
             self._wake.notify()
 
+    def join(self) -> None:
+        """Waits for the end of the thread, after `close`."""
+        self._thread.join()
+
     # What follows runs on the engine's thread.
 
     def _loop(self) -> None:
