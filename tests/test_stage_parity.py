@@ -22,7 +22,7 @@ from serve_app.stages.decode import Decoder
 from serve_app.stages.denoise import Denoiser
 from serve_app.stages.device import Compute
 from serve_app.stages.encode import TextEncoders
-from serve_app.tasks import DenoiseTask, Latents, base_task, encode_task, refiner_task
+from serve_app.tasks import DenoiseTask, Latents, Stay, Urgency, base_task, encode_task, refiner_task
 from tests.reference import Reference
 
 _ALWAYS: dict[str, list[Any]] = {
@@ -40,6 +40,9 @@ _SOMETIMES: dict[str, list[Any]] = {
     "negative_crops_coords_top_left": [(9, 9)], "negative_target_size": [(10, 10)],
     "aesthetic_score": [0.0, 9.0], "negative_aesthetic_score": [0.0, 6.0], "clip_skip": [0, 1, 2, 3],
 }  # fmt: skip
+
+
+AT_LEISURE = Urgency()
 
 
 def random_request(dice: random.Random) -> ImageRequest:
@@ -70,13 +73,16 @@ class Graph:
 
     def draw(self, request: ImageRequest, dice: random.Random) -> np.ndarray:
         resolved = resolve(request, self.facts, Limits())
-        texts = encode_task(resolved)
+        previews = dice.randrange(4)  # they must change nothing
+        texts = encode_task(resolved, AT_LEISURE)
         jobs = self.encoders.jobs(texts)
         conditioning = self.encoders.assemble(texts, {k: self.encoders.embed([job])[0] for k, job in jobs.items()})
-        task = base_task(resolved, 0, conditioning)
+        task = base_task(resolved, 0, conditioning, AT_LEISURE, previews)
         latents = denoise(self.base, task, dice)
         if resolved.refined:
-            latents = denoise(self.refiner, refiner_task(resolved, task, conditioning, latents), dice)
+            latents = denoise(
+                self.refiner, refiner_task(resolved, task, conditioning, latents, AT_LEISURE, previews), dice
+            )
         (pixels,) = self.decoder.decode([latents.samples])
         assert isinstance(pixels, np.ndarray)
         return pixels
@@ -86,7 +92,7 @@ def denoise(denoiser: Denoiser, task: DenoiseTask, dice: random.Random) -> Laten
     """Runs a task beside mates that join at any step and leave when they are done."""
     state = denoiser.begin(task)
     mates: list[Any] = []
-    for _ in range(denoiser.steps(state)):
+    for _ in range(len(state.timesteps)):
         if dice.random() < 0.3:
             mate = dataclasses.replace(
                 task, seed=dice.randrange(1000), num_inference_steps=dice.choice([3, 9, 20]),
@@ -94,11 +100,11 @@ def denoise(denoiser: Denoiser, task: DenoiseTask, dice: random.Random) -> Laten
                 denoising_end=None,
             )  # fmt: skip
             mates.append(denoiser.begin(mate))
-        mates = [mate for mate in mates if mate.index < denoiser.steps(mate)]
+        mates = [mate for mate in mates if mate.index < len(mate.timesteps)]
         group = [*mates, state]
         for member, output in zip(group, denoiser.forward(group), strict=True):
             denoiser.advance(member, output)
-    return denoiser.finish(state)
+    return denoiser.finish(state, Stay())
 
 
 @pytest.fixture(scope="module")
