@@ -137,10 +137,10 @@ def test_no_replica_caps_its_batches(name: str) -> None:
 
 def test_an_override_that_caps_batches_is_refused() -> None:
     content = _content("single-gpu.yaml")
-    content["applications"][0]["deployments"][1]["max_ongoing_requests"] = 23
-    with pytest.raises(ConfigurationError, match=r"deployments\.1\.max_ongoing_requests is 23, below 24"):
+    content["applications"][0]["deployments"][1]["max_ongoing_requests"] = 47
+    with pytest.raises(ConfigurationError, match=r"deployments\.1\.max_ongoing_requests is 47, below 48"):
         check_serve_config(content)
-    content["applications"][0]["deployments"][1]["max_ongoing_requests"] = 24
+    content["applications"][0]["deployments"][1]["max_ongoing_requests"] = 48
     check_serve_config(content)
 
 
@@ -157,6 +157,20 @@ def test_the_gpu_configurations_serve_the_same_published_checkpoints() -> None:
     assert (single.base, single.refiner, single.vae) == (multi.base, multi.refiner, multi.vae)
     assert single.base.hub_id == "stabilityai/stable-diffusion-xl-base-1.0"
     assert single.base.variant == "fp16"
+
+
+def test_a_pixel_budget_must_hold_the_largest_picture() -> None:
+    limits = {"max_pixels": 10_000, "min_side_px": 64}
+    for stage, rows in (("base_denoiser", 2), ("refiner_denoiser", 2), ("vae_decoder", 1)):
+        parse_config({"limits": limits, stage: {"max_batch_pixels": rows * 10_000}})
+        with pytest.raises(ConfigurationError, match=f"{stage}.max_batch_pixels is {rows * 10_000 - 1}"):
+            parse_config({"limits": limits, stage: {"max_batch_pixels": rows * 10_000 - 1}})
+
+
+def test_the_policy_is_one_of_those_there_are() -> None:
+    assert parse_config({"base_denoiser": {"policy": "shortest_remaining"}}).base_denoiser.patience == 100
+    with pytest.raises(ConfigurationError, match=r"base_denoiser\.policy"):
+        parse_config({"base_denoiser": {"policy": "fastest"}})
 
 
 # What fits a GPU.
@@ -186,9 +200,10 @@ def _needs_gib(stage: str, config: AppConfig) -> float:
     }
     compute, rows = sections[stage]
     width = {"bfloat16": 1, "float32": 2}[compute.dtype]
-    megapixels = 1 if stage == "TextEncoder" else config.limits.max_pixels / MEGAPIXEL
+    pixels = MEGAPIXEL if stage == "TextEncoder" else config.limits.max_pixels
+    most = min(rows * pixels, getattr(compute, "max_batch_pixels", None) or rows * pixels)
     weights = PARAMETERS_M[stage] * 1e6 * 2 / 2**30
-    return (weights + rows * megapixels * ACTIVATIONS_GIB[stage]) * width
+    return (weights + most / MEGAPIXEL * ACTIVATIONS_GIB[stage]) * width
 
 
 @every_gpu_config
