@@ -1,0 +1,41 @@
+"""Ray's own example route."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from serve_app.images import MEDIA_TYPES
+from serve_app.protocols import imagine, openai
+from serve_app.routes.answers import ERRORS, answered, with_headers
+from serve_app.schema import ImageRequest
+from serve_app.service import ImageService
+
+
+def add_routes(app: FastAPI, service: ImageService) -> None:
+    """`GET /imagine`."""
+
+    @app.get("/imagine", tags=["Ray"], summary="A prompt in the address, a picture back", openapi_extra=_IMAGINE)
+    async def imagine_picture(request: Request) -> Response:
+        async def answer(request_id: str) -> Response:
+            asked = imagine.decode(request.scope["query_string"])
+            result = await service.generate(asked.request, request_id)
+            picture = result.images[0]
+            response = Response(picture.data, media_type=MEDIA_TYPES[picture.output_format])
+            response.headers["X-SDXL-Seed"] = str(picture.seed)
+            return with_headers(response, [result], asked.warnings)
+
+        return await answered(request, answer, openai.encode_error)
+
+
+_IMAGINE: dict[str, Any] = {
+    "parameters": [
+        {"name": "img_size", "in": "query", "schema": {"type": "integer"}, "description": "Both sides, in pixels."},
+        *(
+            {"name": name, "in": "query", "schema": schema, "required": name == "prompt"}
+            for name, schema in ImageRequest.model_json_schema()["properties"].items()
+        ),
+    ],
+    "responses": ERRORS | {"200": {"description": "The picture", "content": {m: {} for m in MEDIA_TYPES.values()}}},
+}
