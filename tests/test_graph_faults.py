@@ -19,6 +19,7 @@ from serve_app.deployments.calls import remote_stages
 from serve_app.errors import PictureFailed
 from serve_app.local import Running
 from serve_app.schema import ImageRequest, parse_request
+from serve_app.tasks import Urgency
 from tests.reference import Reference
 from tests.test_graph_batching import stats
 from tests.test_graph_parity import far_apart, pixels_of
@@ -163,5 +164,5 @@ async def test_a_stage_s_own_error_comes_through_whole_and_is_not_retried(graph:
     stages = remote_stages(decoder, decoder, None, decoder)
     before = await stats("VaeDecoder")
     with pytest.raises(PictureFailed, match="no finite picture"):
-        await stages.decode(np.full((4, 16, 16), np.nan, dtype=np.float32))
+        await stages.decode(np.full((4, 16, 16), np.nan, dtype=np.float32), Urgency())
     assert (await stats("VaeDecoder"))["batches"] == before["batches"] + 1

@@ -138,14 +138,6 @@ def test_a_picture_carries_what_draws_it_again(output_format: str, http: httpx.C
     assert answer["data"][1]["seed"] == answer["data"][0]["seed"] + 1
 
 
-def test_handle_streams_progress(graph: Running, truth: np.ndarray) -> None:
-    request = parse_request({"prompt": PROMPT, **FIELDS})
-    *events, result = graph.handle.options(stream=True).stream.remote(request)
-    assert far_apart(pixels_of(result)[0], truth) <= 1
-    steps = [(event.stage, event.step) for event in events if event.steps]
-    assert steps == [("denoise", 1), ("denoise", 2), ("denoise", 3), ("denoise", 4), ("refine", 1), ("refine", 2)]
-
-
 def test_routes_for_people_and_probes(http: httpx.Client) -> None:
     assert http.get("/health").json()["status"] == "ok"
     assert "swagger" in http.get("/docs").text.lower()

@@ -30,17 +30,17 @@ async def go_away(url: str, number: int, dice: random.Random) -> str:
         "guidance_scale": dice.choice([1.0, 7.5]),
         "n": dice.choice([1, 1, 1, 2]),
     }
-    headers = {}
+    headers, patience_s = {}, dice.uniform(0.2, 3.0)
     if number % 4 == 0:
         body |= {"stream": True, "progress": True, "partial_images": 2}
     elif number % 4 == 1:
-        headers["x-request-timeout-seconds"] = "1"
-    async with httpx.AsyncClient(base_url=url, timeout=dice.uniform(0.2, 3.0)) as client:
-        try:
+        headers["x-request-timeout-seconds"], patience_s = f"{patience_s:.2f}", 60.0
+    try:
+        async with asyncio.timeout(patience_s), httpx.AsyncClient(base_url=url, timeout=None) as client:
             answer = await client.post("/v1/images/generations", json=body, headers=headers)
-        except httpx.TimeoutException:
-            return "left"
-        return str(answer.status_code)
+    except TimeoutError:
+        return "left"
+    return str(answer.status_code)
 
 
 async def test_two_hundred_clients_that_go_away_leave_nothing_behind(graph: Running, reference: Reference) -> None:
