@@ -73,11 +73,9 @@ def test_a_run_writes_its_table_its_json_and_its_plot(tmp_path: Path, capsys: py
     profile.write_text(json.dumps({"kinds": kinds}))
     document, picture = tmp_path / "run.json", tmp_path / "run.png"
     flags = ["--concurrency", "3", "--requests", "12", "--warmup", "2", "--slo-s", "5", "--seed", "3"]
+    flags += ["--profile", str(profile), "--json", str(document), "--records", "--plot", str(picture)]
     with serving(FakeService(denoise_s=0.02)) as service:
-        code = main(
-            ["bench", "--url", service.url, "--profile", str(profile), *flags]
-            + ["--json", str(document), "--records", "--plot", str(picture)]
-        )
+        code = main(["bench", "--url", service.url, *flags])
     assert code == 0
     out = capsys.readouterr().out
     assert "10 of 10 succeeded" in out and "100.0% within 5 s" in out
@@ -105,7 +103,6 @@ def test_nothing_succeeded_is_a_failure_that_says_why(tmp_path: Path, capsys: py
 
 
 def test_the_command_line_loads_none_of_it_until_it_is_used() -> None:
-    script = (
-        "import sys, serve_app.cli; print(*[m for m in ('httpx', 'tqdm', 'matplotlib', 'yaml') if m in sys.modules])"
-    )
+    unwanted = ("httpx", "tqdm", "matplotlib", "yaml")
+    script = f"import sys, serve_app.cli; print(*[name for name in {unwanted!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "\n"
