@@ -1,6 +1,7 @@
 # make demo   sets everything up in .venv and draws a first picture through the real graph
 # make serve  serves configs/demo.yaml on http://127.0.0.1:8000 until Ctrl-C
 # make test   sets everything up and runs all tests;  make lint: ruff and mypy
+# make bench  compares the service with its rivals and writes docs/benchmark; needs two idle cores for 25 minutes
 #
 # Needs Python 3.11 or newer, make and git. On Linux, PyPI's torch brings CUDA (several GB); for a CPU
 # build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
@@ -13,7 +14,7 @@ export OUTPUT ?= out.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve test lint bench clean
 .DEFAULT_GOAL := demo
 
 # One thread a process: a dozen processes share the cores.
@@ -29,6 +30,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/sdxl-serve generate "$$PROMPT" --num-inference-steps 25 -o "$$OUTPUT"
 
@@ -42,6 +47,9 @@ lint: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench.compare
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

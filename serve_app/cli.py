@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from serve_app import __version__
+from serve_app.bench.command import add_flags as add_bench_flags
 from serve_app.errors import ConfigurationError, ServiceError
 from serve_app.images import MEDIA_TYPES
 from serve_app.schema import (
@@ -75,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a config file and the checkpoints it names")
     check.add_argument("config", type=Path)
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="put load on a running service and measure it")
+    add_bench_flags(bench)
+    bench.set_defaults(run=_bench)
 
     tiny = commands.add_parser("make-tiny", help="write a random-weight base and refiner, for tests")
     tiny.add_argument("directory", type=Path)
@@ -248,6 +253,12 @@ def _check(options: argparse.Namespace) -> int:
     check_sources(config.app)
     print(f"{options.config}: fine ({config.app.base}{' + ' + str(config.app.refiner) if config.app.refiner else ''})")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from serve_app.bench.command import run
+
+    return run(options)
 
 
 def _make_tiny(options: argparse.Namespace) -> int:

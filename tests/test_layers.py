@@ -29,6 +29,12 @@ LAYERS = {
     "serve_app.tasks": 0,
     "serve_app.images": 0,
     "serve_app.admission": 0,
+    "serve_app.bench": 0,
+    "serve_app.bench.profiles": 0,
+    "serve_app.bench.arrivals": 0,
+    "serve_app.bench.records": 0,
+    "serve_app.bench.statistics": 0,
+    "serve_app.bench.wire": 0,
     "serve_app.protocols": 0,
     "serve_app.protocols.json_body": 0,
     "serve_app.protocols.openai": 0,
@@ -73,6 +79,9 @@ LAYERS = {
     "serve_app.graph": 3,
     "serve_app.serve_config": 3,
     # edges
+    "serve_app.bench.drive": 4,
+    "serve_app.bench.report": 4,
+    "serve_app.bench.command": 4,
     "serve_app.local": 4,
     "serve_app.cli": 4,
 }

@@ -1,0 +1,1 @@
+"""What the service is compared with. Each speaks the same HTTP and draws the same pictures."""

@@ -1,0 +1,97 @@
+"""What batching gains on this machine: milliseconds a row of the bare UNets by rows of a pass, one thread.
+
+    python -m bench.unet_gain [--json FILE] [--quick]
+
+With one process, and with two at once, as two replicas on two cores are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = (2, 4, 8, 16, 32)
+MODELS = {"base": 6, "refiner": 5}  # time ids of a row
+
+
+def measure(model: str, seconds: float, start_together: Any = None) -> dict[int, float]:
+    """Milliseconds a row, by rows: the median pass within `seconds`, at least three."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from serve_app.config import DEMO_FOLDER
+
+    torch.set_num_threads(1)
+    unet: Any = UNet2DConditionModel.from_pretrained(DEMO_FOLDER / model / "unet")
+    config = unet.config
+    pooled = config.projection_class_embeddings_input_dim - MODELS[model] * config.addition_time_embed_dim
+    figures = {}
+    for rows in ROWS:
+        sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
+        embeds = torch.randn(rows, 77, config.cross_attention_dim)
+        added = {"text_embeds": torch.randn(rows, pooled), "time_ids": torch.full((rows, MODELS[model]), 128.0)}
+        timesteps = torch.linspace(1, 999, rows)
+        took: list[float] = []
+        with torch.inference_mode():
+            unet(sample, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added)  # warms up
+            if start_together is not None:
+                start_together.wait()
+            end = time.perf_counter() + seconds
+            while len(took) < 3 or time.perf_counter() < end:
+                start = time.perf_counter()
+                unet(sample, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added)
+                took.append(time.perf_counter() - start)
+        figures[rows] = statistics.median(took) / rows * 1000
+    return figures
+
+
+def _measure_beside(model: str, seconds: float, barrier: Any, results: Any) -> None:
+    results.put(measure(model, seconds, barrier))
+
+
+def measure_processes(model: str, seconds: float, processes: int) -> dict[int, float]:
+    """The same in several processes at once: the mean over them."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.Queue()
+    workers = [
+        context.Process(target=_measure_beside, args=(model, seconds, barrier, results)) for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    figures = [results.get(timeout=300) for _ in workers]
+    for worker in workers:
+        worker.join()
+    return {rows: statistics.fmean(figure[rows] for figure in figures) for rows in ROWS}
+
+
+def limit_images_per_s(figures: dict[str, Any], steps: int = 30, share: float = 0.8, processes: int = 2) -> float:
+    """Guided pictures a second if UNet passes of the best size were all there is to do, on `processes` cores."""
+    best = {model: min(figures[model][f"{processes}_processes"].values()) for model in MODELS}
+    row_ms = share * best["base"] + (1 - share) * best["refiner"]
+    return processes * 1000 / (2 * steps * row_ms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the bare UNet's gain from batching")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    seconds = 0.2 if options.quick else 1.0
+    figures: dict[str, Any] = {}
+    for model in MODELS:
+        figures[model] = {f"{count}_processes": measure_processes(model, seconds, count) for count in (1, 2)}
+        for name, by_rows in figures[model].items():
+            cells = "  ".join(f"{rows} rows {ms:.2f}" for rows, ms in by_rows.items())
+            gain = by_rows[ROWS[0]] / min(by_rows.values())
+            print(f"{model} UNet, {name.replace('_', ' ')}: ms a row: {cells}; gain {gain:.2f}", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
