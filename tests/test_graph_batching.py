@@ -53,3 +53,24 @@ async def test_equal_texts_are_encoded_once(graph: Running) -> None:
     after = await stats("TextEncoder")
     # CLIP-L and bigG read it once each; the refiner's negative "" may be new too.
     assert 2 <= after["items"] - before["items"] <= 3
+
+
+async def test_a_more_urgent_request_overtakes_those_that_wait(graph: Running) -> None:
+    crowd = parse_request({"prompt": "a crowd", "num_inference_steps": 30, "n": 10, "high_noise_frac": 1.0})
+    waiting = [asyncio.ensure_future(_finished(graph, crowd)) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while (await stats("BaseDenoiser"))["active"] < 20:
+            await asyncio.sleep(0.02)
+    order: list[str] = []
+
+    async def late(name: str, **fields: Any) -> None:
+        fields |= {"prompt": "late", "num_inference_steps": 4, "high_noise_frac": 1.0}
+        await _finished(graph, parse_request(fields))
+        order.append(name)
+
+    await asyncio.gather(late("plain"), late("urgent", priority=5), late("least", priority=-5), *waiting)
+    assert order == ["urgent", "plain", "least"]
+
+
+async def _finished(graph: Running, request: Any) -> Any:
+    return await graph.handle.generate.remote(request)
