@@ -34,6 +34,13 @@ LAYERS = {
     "serve_app.protocols.openai": 0,
     "serve_app.protocols.azure_ml": 0,
     "serve_app.protocols.imagine": 0,
+    "serve_app.protocols.accept": 0,
+    "serve_app.protocols.automatic1111": 0,
+    "serve_app.protocols.automatic1111_fields": 0,
+    "serve_app.protocols.hugging_face": 0,
+    "serve_app.protocols.infotext": 0,
+    "serve_app.protocols.refiner_split": 0,
+    "serve_app.protocols.scheduler_names": 0,
     # tensors
     "serve_app.checkpoint": 1,
     "serve_app.sampling": 1,
