@@ -33,6 +33,7 @@ LAYERS = {
     "serve_app.protocols.json_body": 0,
     "serve_app.protocols.openai": 0,
     "serve_app.protocols.azure_ml": 0,
+    "serve_app.protocols.azure_swagger": 0,
     "serve_app.protocols.imagine": 0,
     "serve_app.protocols.accept": 0,
     "serve_app.protocols.automatic1111": 0,

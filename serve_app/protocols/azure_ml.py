@@ -70,6 +70,11 @@ def encode_error(error: ServiceError) -> dict[str, Any]:
     return {"message": error.message}
 
 
+def parameter_names() -> dict[str, str]:
+    """The names that `parameters` may hold, each with the field of `ImageRequest` that it is."""
+    return {name: _RENAMED.get(name, name) for name in (*ImageRequest.model_fields, *_RENAMED) if name in _PARAMETERS}
+
+
 _TOP_LEVEL = ("input_data", "parameters", "params")
 
 
