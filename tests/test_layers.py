@@ -40,6 +40,7 @@ LAYERS = {
     "serve_app.protocols.automatic1111_fields": 0,
     "serve_app.protocols.automatic1111_status": 0,
     "serve_app.protocols.stability": 0,
+    "serve_app.protocols.fields": 0,
     "serve_app.protocols.hugging_face": 0,
     "serve_app.protocols.infotext": 0,
     "serve_app.protocols.refiner_split": 0,

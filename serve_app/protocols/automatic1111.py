@@ -143,7 +143,7 @@ def txt2img_schema() -> dict[str, Any]:
     settings = {name: {"description": note} for name, note in OVERRIDES.items()}
     return {
         "type": "object",
-        "required": ["prompt"],
+        "anyOf": [{"required": ["prompt"]}, {"required": ["infotext"]}],
         "properties": {name: ours["properties"][name] for name in OWN_FIELDS}
         | theirs["properties"]
         | {"override_settings": theirs["properties"]["override_settings"] | {"properties": settings}},
