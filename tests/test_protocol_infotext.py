@@ -28,7 +28,7 @@ FACTS = ModelFacts(
     refiner_clip_skip_max=10,
     refiner_takes_aesthetic_score=True,
 )
-LIMITS = Limits(min_side_px=8, max_steps=500)
+LIMITS = Limits(min_side_px=8, max_pixels=2048**2, max_steps=500)
 
 
 def drawn(request: ImageRequest, index: int = 0) -> dict[str, Any]:
