@@ -6,8 +6,8 @@ import pytest
 
 from serve_app.protocols import automatic1111, automatic1111_status
 from serve_app.protocols.automatic1111_fields import OVERRIDES
-from serve_app.protocols.automatic1111_status import Job
-from serve_app.schema import ImageRequest
+from serve_app.protocols.automatic1111_status import Job, Tracker
+from serve_app.schema import GeneratedImage, ImageReady, ImageRequest, Progress
 
 
 def test_nothing_is_drawn() -> None:
@@ -45,6 +45,22 @@ def test_a_job_on_its_way() -> None:
 def test_progress_stays_between_0_and_1(job: Job, progress: float) -> None:
     body = automatic1111_status.encode_progress(job)
     assert body["progress"] == progress and body["eta_relative"] >= 0
+
+
+def test_a_body_is_followed_through_its_streams() -> None:
+    tracker = Tracker(images=3, steps=10, started=100.0)
+    assert tracker.job(101.0).progress == 0.0
+    for step in (1, 2, 8):
+        tracker.see(Progress("denoise", 0, step, 8))
+    tracker.see(Progress("denoise", 1, 3, 8))
+    tracker.see(Progress("refine", 0, 1, 2))
+    tracker.see(Progress("decode", 0))
+    assert tracker.job(102.0) == Job(3, 0, 9, 10, 100, 2.0)
+    tracker.see(ImageReady(0, GeneratedImage(b"", 1, "png", 8, 8)))
+    assert tracker.job(103.0) == Job(3, 1, 3, 10, 100, 3.0)
+    tracker.see(Progress("denoise", 0, 5, 8), first_image=2)  # of the body's second request
+    tracker.interrupted = True
+    assert tracker.job(104.0) == Job(3, 1, 5, 10, 100, 4.0, interrupted=True)
 
 
 def test_every_listed_name_is_accepted() -> None:

@@ -69,6 +69,7 @@ VALUES: dict[tuple[str, str], Any] = {
     ("OpenAI", "moderation"): "low",
     ("OpenAI", "stream"): True,
     ("OpenAI", "partial_images"): 2,
+    ("OpenAI", "progress"): True,
     ("OpenAI", "user"): "me",
     ("Hugging Face", "header Accept"): "image/webp",
     ("Hugging Face", "parameters.num_images_per_prompt"): 2,
@@ -114,6 +115,8 @@ VALUES: dict[tuple[str, str], Any] = {
 }
 PLAIN_COLUMNS = {"input_data": {"prompt": ["p"]}}
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
+    ("OpenAI", "partial_images"): {"stream": True},
+    ("OpenAI", "progress"): {"stream": True},
     ("AUTOMATIC1111", "scheduler"): {"sampler_name": "DPM++ 2M"},
     ("AUTOMATIC1111", "eta"): {"sampler_name": "DDIM"},
     ("AUTOMATIC1111", "refiner_switch_at"): {"refiner_checkpoint": "refiner"},
@@ -171,8 +174,6 @@ def with_field(body: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
 def test_a_field_does_what_the_table_says(row: Row) -> None:
     decode, plain = DECODE[row.format]
     base = plain | BESIDE.get((row.format, row.field), {})
-    if (row.field, row.what) == ("partial_images", "acts"):
-        base |= {"stream": True}
     body = with_field(base, row.field, telling(row))
     without = decode(copy.deepcopy(base))
     if row.what == "refused":

@@ -6,14 +6,14 @@ Pure encoders; who is drawing what is the service's to know.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app import __version__
 from serve_app.protocols.automatic1111_fields import DEFAULTS
 from serve_app.protocols.scheduler_names import AUTOMATIC, KARRAS, SAMPLERS, SCHEDULES
 from serve_app.resolve import DEFAULT_QUALITY
-from serve_app.schema import ImageRequest
+from serve_app.schema import ImageReady, ImageRequest, Progress, StreamEvent
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,36 @@ class Job:
         """The share that is done, 0 to 1."""
         within = min(self.step / self.steps, 1.0) if self.steps else 0.0
         return min((self.images_done + within) / self.images, 1.0) if self.images else 0.0
+
+
+@dataclass
+class Tracker:
+    """Follows one txt2img body through the events of its requests' streams.
+
+    `images` and `steps` are of the whole body; `started` is Unix time, seconds.
+    """
+
+    images: int
+    steps: int
+    started: float
+    interrupted: bool = False
+    _taken: dict[int, dict[str, int]] = field(default_factory=dict)  # image -> stage -> steps taken
+    _done: set[int] = field(default_factory=set)
+
+    def see(self, event: StreamEvent, first_image: int = 0) -> None:
+        """Takes an event in. `first_image` is the number, within the body, of its request's first picture."""
+        if isinstance(event, Progress) and event.stage in ("denoise", "refine"):
+            self._taken.setdefault(first_image + event.image, {})[event.stage] = event.step
+        elif isinstance(event, ImageReady):
+            self._done.add(first_image + event.image)
+
+    def job(self, now: float) -> Job:
+        """Where the body is. `now` is Unix time, seconds."""
+        under_way = [sum(taken.values()) for image, taken in self._taken.items() if image not in self._done]
+        step = max(under_way, default=0)
+        return Job(
+            self.images, len(self._done), step, self.steps, int(self.started), now - self.started, self.interrupted
+        )
 
 
 def encode_progress(job: Job | None, preview: str | None = None) -> dict[str, Any]:
