@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serve_app.errors import InvalidRequest, NotAcceptable, Overloaded, ServiceError
 from serve_app.protocols import hugging_face
 from serve_app.schema import GeneratedImage, ImageRequest, ImageResult, field_kinds
+from tests.strategies import JSON
 
 PNG = "image/png"
 
@@ -172,13 +173,6 @@ def test_the_schemas_example_is_accepted() -> None:
     schema = hugging_face.text_to_image_schema()
     assert hugging_face.decode(json.dumps(schema["example"]).encode(), PNG).warnings == ()
     assert set(schema["properties"]["parameters"]["properties"]) == set(hugging_face.PARAMETERS)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=200, deadline=None)

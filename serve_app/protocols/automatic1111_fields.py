@@ -133,7 +133,7 @@ DEFAULTS: dict[str, Any] = Txt2ImgFields().model_dump()
 
 # Other ways to say what the default says.
 _ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "denoising_strength": (0.0,),
+    "denoising_strength": (0.0, 0.7),  # other defaults of its clients
     "seed_resize_from_h": (0,),
     "seed_resize_from_w": (0,),
     "hr_upscaler": ("", "None", "Latent"),
