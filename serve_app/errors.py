@@ -57,6 +57,13 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
 
 
+class NotAcceptable(InvalidRequest):
+    """The `Accept` header allows none of the formats that the route can answer in."""
+
+    status = 406
+    code = "not_acceptable"
+
+
 class BodyTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from serve_app import __version__
@@ -28,8 +29,17 @@ _ASCII = b"ASCII\0\0\0"
 _EXIF_MAX_BYTES, _EXIF_TEXT_CHARS = 60_000, 1_000
 
 
-def encode_image(pixels: Bytes, output_format: OutputFormat, quality: int, parameters: dict[str, Any]) -> bytes:
-    """Encodes pixels (H, W, 3) uint8. `quality`, 0 to 100, acts on jpeg and webp."""
+def encode_image(
+    pixels: Bytes,
+    output_format: OutputFormat,
+    quality: int,
+    parameters: dict[str, Any],
+    png_texts: Mapping[str, str] | None = None,
+) -> bytes:
+    """Encodes pixels (H, W, 3) uint8.
+
+    `quality`, 0 to 100, acts on jpeg and webp; `png_texts` are further text chunks of a png.
+    """
     from PIL import Image, PngImagePlugin
 
     picture = Image.fromarray(pixels)
@@ -37,6 +47,8 @@ def encode_image(pixels: Bytes, output_format: OutputFormat, quality: int, param
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
         text.add_text(PNG_KEY, json.dumps(parameters))
+        for key, value in (png_texts or {}).items():
+            text.add_text(key, value)
         text.add_text("Software", f"sdxl-serve {__version__}")
         picture.save(buffer, "PNG", pnginfo=text)
     else:

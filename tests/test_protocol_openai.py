@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from openai.types import ImagesResponse
+from openai.types.image_gen_completed_event import Usage as CompletedUsage
+from openai.types.images_response import Usage as ImagesUsage
 
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded, ServiceError
 from serve_app.protocols import openai
@@ -231,3 +233,18 @@ def test_the_schema_has_every_field_that_is_read_and_its_example_is_accepted() -
 def test_a_name_that_stands_twice_is_refused() -> None:
     error = refusal(b'{"prompt": "p", "seed": 1, "seed": 2}')
     assert error.message == "the body is not valid JSON: 'seed' stands twice in one object"
+
+
+def test_one_model_is_described() -> None:
+    listed = openai.encode_models(NAMES, 5)["data"]
+    assert [openai.encode_model(name, NAMES, 5) for name in NAMES] == listed
+    with pytest.raises(ModelNotFound) as caught:
+        openai.encode_model("sd15", NAMES, 5)
+    assert caught.value.param == "model"
+
+
+def test_usage_has_what_the_sdk_requires() -> None:
+    usage = openai.encode_usage(12)
+    for model in (ImagesUsage, CompletedUsage):
+        parsed = model.model_validate(usage, strict=True)
+        assert (parsed.input_tokens, parsed.output_tokens, parsed.total_tokens) == (12, 0, 12)

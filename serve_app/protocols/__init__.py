@@ -5,7 +5,9 @@ A borrowed format's unknown field warns; a wrong value is a 4xx. No I/O, no web 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from serve_app.errors import ServiceError
 
 _MOST_NAMED = 20
 
@@ -21,6 +23,18 @@ def unknown_fields(names: Iterable[str]) -> list[str]:
     if len(all_names) > _MOST_NAMED:
         warnings.append(f"{len(all_names) - _MOST_NAMED} more fields are unknown and were ignored")
     return warnings
+
+
+def in_words(error: ServiceError, words: Mapping[str, str]) -> ServiceError:
+    """The same error, its field named in a format's own words (ours -> theirs)."""
+    ours = error.param or ""
+    if ours not in words:
+        return error
+    theirs = words[ours]
+    message = error.message
+    if message.startswith(ours):
+        message = theirs + message.removeprefix(ours)
+    return type(error)(message, param=theirs, retry_after_s=error.retry_after_s)
 
 
 def _shown(name: str) -> str:

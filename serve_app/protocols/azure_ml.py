@@ -15,6 +15,20 @@ from serve_app.protocols import unknown_fields
 from serve_app.protocols.json_body import NotJson, parse_json
 from serve_app.schema import ImageRequest, ImageResult, parse_request
 
+# What a row of `input_data` may hold, under the names of its columns.
+COLUMNS: dict[str, str] = {
+    "prompt": "A row's prompt.",
+    "negative_prompt": "A row's negative prompt, before that of the parameters; null is empty, as on that server.",
+    "image": "Is refused: image-to-image is not served.",
+    "mask_image": "Is refused: inpainting is not served.",
+}
+FIELDS: dict[str, str] = {
+    "input_data.columns": "The names of the rows' values; `input_data` may have other shapes, without it.",
+    "input_data.data": "The rows.",
+    "input_data.index": "Names nothing; one that is not as long as the data is refused.",
+    "parameters": "As input_data.parameters.",
+    "params": "As input_data.parameters, in MLflow's word.",
+}
 _COLUMNS = ("prompt", "negative_prompt")
 _RENAMED = {"num_images_per_prompt": "n"}
 _PARAMETERS = (set(ImageRequest.model_fields) - {"prompt"}) | set(_RENAMED)
@@ -68,6 +82,11 @@ def encode(results: list[tuple[ImageRequest, ImageResult]]) -> list[dict[str, An
 
 def encode_error(error: ServiceError) -> dict[str, Any]:
     return {"message": error.message}
+
+
+def parameter_names() -> dict[str, str]:
+    """The names that `parameters` may hold, each with the field of `ImageRequest` that it is."""
+    return {name: _RENAMED.get(name, name) for name in (*ImageRequest.model_fields, *_RENAMED) if name in _PARAMETERS}
 
 
 _TOP_LEVEL = ("input_data", "parameters", "params")
@@ -160,10 +179,9 @@ def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any
 
 
 def _row_fields(row: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
-    if "image" in row or "mask_image" in row:
-        raise InvalidRequest(
-            "input_data: rows with an image are not served, text-to-image alone is", param="input_data"
-        )
+    for name in ("mask_image", "image"):
+        if name in row:
+            raise _bad(f"rows with {name!r} are not served, text-to-image alone is")
     if row.get("prompt") is None:
         raise _bad("a row has no 'prompt'")
     fields = common | {"prompt": row["prompt"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from serve_app.errors import InvalidRequest
+
 
 class NotJson(ValueError):
     """The body is no JSON. The message says why, in one line."""
@@ -24,6 +26,17 @@ def parse_json(body: bytes) -> Any:
         raise NotJson("nested too deeply") from None
     except ValueError:  # a number of more digits than Python reads
         raise NotJson("a number has too many digits") from None
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body must be. Raises `InvalidRequest`."""
+    try:
+        fields = parse_json(body)
+    except NotJson as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return fields
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -234,3 +234,28 @@ def _apply_size(size: str | None, fields: dict[str, Any]) -> None:
     for name, side in zip(("width", "height"), map(int, match.groups()), strict=True):
         if fields.setdefault(name, side) != side:
             raise InvalidRequest(f"size: {size} contradicts {name} {fields[name]}", param="size")
+
+
+def encode_model(name: str, model_names: tuple[str, ...], created: int) -> dict[str, Any]:
+    """`GET /v1/models/{name}`. Raises `ModelNotFound`."""
+    if name not in model_names:
+        raise ModelNotFound(
+            f"model: {name[:100]!r} does not exist; this service has {', '.join(model_names)}", param="model"
+        )
+    return {"id": name, "object": "model", "created": created, "owned_by": "sdxl-serve"}
+
+
+def encode_usage(text_tokens: int) -> dict[str, Any]:
+    """`usage` of an answer or of a completed event, in all the keys that OpenAI's SDK requires.
+
+    `text_tokens` are those that CLIP's tokenizer makes of the request's texts and that an encoder reads: 77 at most
+    of each text, with the begin and the end. Nothing goes in as an image, and latents are no tokens: the output has
+    none. Where nobody counted them, an answer has no `usage`, which the SDK allows there.
+    """
+    return {
+        "input_tokens": text_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+        "output_tokens": 0,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+        "total_tokens": text_tokens,
+    }
