@@ -9,15 +9,19 @@ from starlette.exceptions import HTTPException
 
 from serve_app import __version__
 from serve_app.errors import MethodNotAllowed, RouteNotFound
-from serve_app.protocols import azure_ml as azure_ml_format
-from serve_app.protocols import openai as openai_format
-from serve_app.routes import azure_ml, imagine, openai
+from serve_app.protocols.openai import encode_error as encode_openai_error
+from serve_app.routes import automatic1111, azure_ml, hugging_face, imagine, openai, stability
 from serve_app.routes.answers import Envelope, error_response
 from serve_app.service import ImageService
 
-_FORMATS = (openai, azure_ml, imagine)
-# Where a path has a format of its own, so have its errors; elsewhere they are OpenAI's.
-_ENVELOPES: dict[str, Envelope] = {"/score": azure_ml_format.encode_error}
+_FORMATS = (openai, azure_ml, hugging_face, automatic1111, stability, imagine)
+# By the beginning of a path: a format's errors are in its own envelope. Elsewhere they are OpenAI's.
+_ENVELOPES: dict[str, Envelope] = {
+    **azure_ml.ENVELOPES,
+    **hugging_face.ENVELOPES,
+    **automatic1111.ENVELOPES,
+    **stability.ENVELOPES,
+}
 
 DESCRIPTION = """\
 Stable Diffusion XL as a Ray Serve graph: text encoders, base denoiser, refiner and VAE decoder are
@@ -45,6 +49,6 @@ def build_http_app(service: ImageService) -> FastAPI:
         what = f"{request.method} {request.url.path}"
         message = f"{what}: method not allowed" if error.status_code == 405 else f"{what}: no such route; see /docs"
         envelope = next((e for path, e in _ENVELOPES.items() if request.url.path.startswith(path)), None)
-        return error_response(kind(message), envelope or openai_format.encode_error, error.headers)
+        return error_response(kind(message), envelope or encode_openai_error, error.headers)
 
     return app

@@ -76,6 +76,7 @@ class Drawing(Generic[ImageT]):
     images: list[ImageT]
     warnings: tuple[str, ...]
     timings: list[StageTiming]
+    text_tokens: int
 
 
 @dataclass
@@ -129,7 +130,7 @@ async def draw(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     warnings = (*conditioning.warnings, *drawer.warnings())
-    return Drawing([image.result() for image in images], warnings, drawer.watch.timings())
+    return Drawing([image.result() for image in images], warnings, drawer.watch.timings(), conditioning.text_tokens)
 
 
 class _Drawer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from serve_app.config import Limits
 from serve_app.demo.grammar import unknown_prompt
@@ -26,6 +26,17 @@ PreviewMap = tuple[tuple[float, float, float], ...]
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """What of a checkpoint's scheduler configuration decides its timesteps. As it stands: published SDXL's."""
+
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
+    steps_offset: int = 1  # of "leading"
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085  # of the "scaled_linear" schedule
+    beta_end: float = 0.012
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What the ingress must know of the checkpoints; gathered from the replicas, which read them."""
 
@@ -39,6 +50,7 @@ class ModelFacts:
     refiner_takes_aesthetic_score: bool = False
     embedded_demo: bool = False  # the base is the miniature model that ships with the project
     preview_map: PreviewMap | None = None  # latents to colours; None where the VAE gave none
+    trajectory: Trajectory = Trajectory()  # of the base's own scheduler
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,7 @@ class ImageResult:
     timings: list[StageTiming] = field(default_factory=list)
     request_id: str = ""
     created: int = 0  # Unix time, seconds
+    text_tokens: int = 0  # of the request's texts, each counted once, as far as CLIP reads
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ HTTP routes and the Python handle both end here. It runs on the ingress's event 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,6 +18,7 @@ from serve_app.config import AppConfig
 from serve_app.errors import InvalidRequest
 from serve_app.images import encode_image, encode_preview
 from serve_app.pipeline import LatentPreview, Listener, Stages, draw
+from serve_app.protocols import infotext
 from serve_app.resolve import ModelFacts, ResolvedRequest, parameters, resolve
 from serve_app.schema import (
     MAX_PARTIAL_IMAGES,
@@ -31,7 +33,9 @@ from serve_app.schema import (
 )
 
 if TYPE_CHECKING:
-    from serve_app.tasks import Bytes
+    from serve_app.tasks import Bytes, Floats
+
+Event = Progress | LatentPreview | ImageReady
 
 
 class ImageService:
@@ -48,8 +52,16 @@ class ImageService:
         (result,) = await self.generate_all([request], request_id)
         return result
 
-    async def generate_all(self, requests: Sequence[ImageRequest], request_id: str | None = None) -> list[ImageResult]:
-        """Draws several requests that came as one: all are taken in, or none is."""
+    async def generate_all(
+        self,
+        requests: Sequence[ImageRequest],
+        request_id: str | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[ImageResult]:
+        """Draws several requests that came as one: all are taken in, or none is.
+
+        `on_event(row, event)`, where given, hears of each request on its way, with all the previews there are.
+        """
         request_id = request_id or uuid.uuid4().hex
         resolved = [
             resolve(request, self.facts, self.config.limits, f"{request_id}-{row}" if row else request_id)
@@ -58,10 +70,27 @@ class ImageService:
         with self.admission.hold(sum(request.n for request in resolved)):
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._draw(request)) for request in resolved]
+                    tasks = [
+                        group.create_task(self._draw(request, *self._listening(on_event, row)))
+                        for row, request in enumerate(resolved)
+                    ]
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    def _listening(
+        self, on_event: Callable[[int, Event], None] | None, row: int
+    ) -> tuple[Listener | None, Callable[[ImageReady], None] | None]:
+        if on_event is None:
+            return None, None
+        tell = functools.partial(on_event, row)
+        return Listener(tell, MAX_PARTIAL_IMAGES if self.facts.preview_map else 0), tell
+
+    def preview(self, latents: Floats) -> bytes:
+        """A rough picture of latents, (4, H/8, W/8), as a PNG: for those of an event, where there is a map."""
+        assert self.facts.preview_map is not None
+        _, height, width = latents.shape
+        return encode_preview(latents, self.facts.preview_map, width * 8, height * 8, "png")
 
     async def stream(
         self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
@@ -80,7 +109,7 @@ class ImageService:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
             partial_images = 0
-        events: asyncio.Queue[Progress | LatentPreview | ImageReady | None] = asyncio.Queue()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
         with self.admission.hold(resolved.n):
             listener = Listener(events.put_nowait, partial_images) if progress or partial_images else None
             task = asyncio.create_task(self._draw(resolved, listener, events.put_nowait))
@@ -99,6 +128,12 @@ class ImageService:
                 task.cancel()
                 await asyncio.wait([task])
 
+    def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
+        fields = parameters(request, index)
+        name, facts = self.config.model_names[0], self.facts
+        texts = {infotext.PNG_KEY: infotext.infotext(fields, name, facts.native_scheduler, facts.trajectory)}
+        return encode_image(pixels, request.output_format, request.quality, fields, texts)
+
     def _preview(self, event: LatentPreview, request: ResolvedRequest) -> PartialImage:
         assert self.facts.preview_map is not None
         data = encode_preview(
@@ -113,9 +148,7 @@ class ImageService:
         on_ready: Callable[[ImageReady], None] | None = None,
     ) -> ImageResult:
         async def deliver(index: int, pixels: Bytes) -> GeneratedImage:
-            data = await asyncio.to_thread(
-                encode_image, pixels, request.output_format, request.quality, parameters(request, index)
-            )
+            data = await asyncio.to_thread(self._encode_file, pixels, request, index)
             picture = GeneratedImage(data, request.seed + index, request.output_format, request.width, request.height)
             if on_ready is not None:
                 on_ready(ImageReady(index, picture))
@@ -123,4 +156,6 @@ class ImageService:
 
         drawing = await draw(request, self._stages, deliver, listener)
         warnings = [*request.warnings, *drawing.warnings]
-        return ImageResult(drawing.images, warnings, drawing.timings, request.request_id, int(time.time()))
+        return ImageResult(
+            drawing.images, warnings, drawing.timings, request.request_id, int(time.time()), drawing.text_tokens
+        )

@@ -66,6 +66,7 @@ class Conditioning:
     base: StageConditioning
     refiner: StageConditioning | None
     warnings: tuple[str, ...] = ()
+    text_tokens: int = 0  # of the texts that were given, as far as they were read
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ LAYERS = {
     "serve_app.routes.openai": 2,
     "serve_app.routes.azure_ml": 2,
     "serve_app.routes.imagine": 2,
+    "serve_app.routes.hugging_face": 2,
+    "serve_app.routes.automatic1111": 2,
+    "serve_app.routes.stability": 2,
     # Ray
     "serve_app.deployments": 3,
     "serve_app.deployments.calls": 3,

@@ -171,6 +171,7 @@ RESULT = ImageResult(
     images=[GeneratedImage(b"one", 5, "jpeg", 64, 72), GeneratedImage(b"two", 6, "jpeg", 64, 72)],
     warnings=["cut"],
     created=1_700_000_000,
+    text_tokens=9,
 )
 
 
@@ -185,6 +186,7 @@ def test_the_response_is_openais() -> None:
             {"b64_json": "b25l", "url": None, "revised_prompt": None, "seed": 5},
             {"b64_json": "dHdv", "url": None, "revised_prompt": None, "seed": 6},
         ],
+        "usage": openai.encode_usage(9),
         "warnings": ["asked", "cut"],
     }
     parsed = ImagesResponse.model_validate_json(json.dumps(body))

@@ -66,6 +66,7 @@ class Denoiser:
             return {
                 "native_size_px": self._denoiser.native_size_px,
                 "native_scheduler": self._denoiser.native_scheduler,
+                "trajectory": self._denoiser.trajectory,
             }
         return {
             "refined": True,

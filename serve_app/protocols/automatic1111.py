@@ -39,9 +39,9 @@ from serve_app.protocols.automatic1111_fields import (
 )
 from serve_app.protocols.infotext import clip_skip_of, infotext, parse_infotext, read_infotext
 from serve_app.protocols.json_body import parse_object
-from serve_app.protocols.refiner_split import SDXL, Trajectory
+from serve_app.protocols.refiner_split import SDXL
 from serve_app.protocols.scheduler_names import from_webui, to_webui
-from serve_app.resolve import DEFAULT_HIGH_NOISE_FRAC
+from serve_app.resolve import DEFAULT_HIGH_NOISE_FRAC, Trajectory
 from serve_app.schema import MAX_IMAGES, GeneratedImage, ImageRequest, ImageResult, invalid_request, parse_request
 
 _PLAIN_PROMPT = (
@@ -309,7 +309,8 @@ def _parameters(request: ImageRequest, image: GeneratedImage, refined: bool) -> 
 def _info(
     asked: Decoded, drawn: Sequence[dict[str, Any]], created: int, model: str, trajectory: Trajectory
 ) -> dict[str, Any]:
-    first = drawn[0]
+    # Where it was interrupted before the first picture, what was asked for stands for it.
+    first = drawn[0] if drawn else {"width": 0, "height": 0} | asked.requests[0].model_dump(exclude_none=True)
     negative = first.get("negative_prompt", "")
     infotexts = [infotext(fields, model, trajectory=trajectory) for fields in drawn]
     keys = {"Refiner", "Refiner switch at", "Schedule type"}
@@ -338,7 +339,9 @@ def _info(
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": None,
-        "extra_generation_params": {n: v for n, v in parse_infotext(infotexts[0]).items() if n in keys},
+        "extra_generation_params": {
+            n: v for n, v in (parse_infotext(infotexts[0]) if drawn else {}).items() if n in keys
+        },
         "index_of_first_image": 0,
         "infotexts": infotexts,
         "styles": [],

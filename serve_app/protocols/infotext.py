@@ -19,8 +19,9 @@ from typing import Any
 from serve_app import __version__
 from serve_app.errors import InvalidRequest
 from serve_app.protocols import refiner_split
-from serve_app.protocols.refiner_split import SDXL, Trajectory
+from serve_app.protocols.refiner_split import SDXL
 from serve_app.protocols.scheduler_names import DIFFUSERS_CLASSES, from_webui, to_webui
+from serve_app.resolve import Trajectory
 from serve_app.schema import FieldKind, ImageRequest, field_kinds, read_text
 
 PNG_KEY = "parameters"

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_app.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import unknown_fields
-from serve_app.protocols.json_body import NotJson, parse_json
+from serve_app.protocols.json_body import parse_object
 from serve_app.schema import (
     MAX_PARTIAL_IMAGES,
     GeneratedImage,
@@ -73,7 +73,7 @@ class Decoded:
 
 def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
     """A body's request. Null means absent, as in OpenAI's own clients. Raises `InvalidRequest`."""
-    fields = _object(body)
+    fields = parse_object(body)
     given = {name: value for name, value in fields.items() if value is not None}
     warnings = unknown_fields(name for name in given if name not in _KNOWN)
     try:
@@ -128,6 +128,7 @@ def encode(result: ImageResult, response_format: ResponseFormat, warnings: tuple
             for image in result.images
             for text in (base64.b64encode(image.data).decode("ascii"),)
         ],
+        "usage": encode_usage(result.text_tokens),
         "warnings": [*warnings, *result.warnings],
     }
 
@@ -170,7 +171,8 @@ class StreamEncoder:
                 assert self._last is not None
                 timings = [asdict(timing) for timing in event.timings]
                 warnings = [*self.warnings, *event.warnings]
-                return self._completed(self._last) | {"warnings": warnings, "timings": timings}
+                own = {"warnings": warnings, "timings": timings}
+                return self._completed(self._last) | {"usage": encode_usage(event.text_tokens), **own}
         return None
 
     def _completed(self, event: ImageReady) -> dict[str, Any]:
@@ -215,16 +217,6 @@ def generations_schema() -> dict[str, Any]:
 _KNOWN = {*OpenAIFields.model_fields, *ImageRequest.model_fields}
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        fields = parse_json(body)
-    except NotJson as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return fields
-
-
 def _apply_size(size: str | None, fields: dict[str, Any]) -> None:
     if size is None or size == "auto":
         return
@@ -250,7 +242,7 @@ def encode_usage(text_tokens: int) -> dict[str, Any]:
 
     `text_tokens` are those that CLIP's tokenizer makes of the request's texts and that an encoder reads: 77 at most
     of each text, with the begin and the end. Nothing goes in as an image, and latents are no tokens: the output has
-    none. Where nobody counted them, an answer has no `usage`, which the SDK allows there.
+    none.
     """
     return {
         "input_tokens": text_tokens,

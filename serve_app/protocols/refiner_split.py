@@ -14,8 +14,8 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-from dataclasses import dataclass
-from typing import Literal
+
+from serve_app.resolve import Trajectory
 
 # Schedulers of diffusers that leave the last of n + 1 timesteps out (of "leading" and "linspace").
 _ONE_MORE = {"dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc"}
@@ -23,17 +23,6 @@ _ONE_MORE = {"dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc"}
 _UNROUNDED = {"euler", "euler_ancestral", "heun", "lms"}
 _KARRAS_RHO = 7.0  # arXiv 2206.00364, equation 5
 _FIRST_REFINED = 1e-6  # a share of the base that no timestep falls into
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What of a checkpoint's scheduler configuration decides its timesteps. As it stands: published SDXL's."""
-
-    timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
-    steps_offset: int = 1  # of "leading"
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085  # of the "scaled_linear" schedule
-    beta_end: float = 0.012
 
 
 SDXL = Trajectory()

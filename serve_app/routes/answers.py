@@ -80,11 +80,12 @@ def error_response(error: ServiceError, envelope: Envelope, headers: Any = None)
 
 
 def with_headers(response: Response, results: Sequence[ImageResult], asked: Sequence[str]) -> Response:
-    if results:
-        times = {timing.stage: timing.seconds for timing in _slowest(results)}
+    timed = [result for result in results if result.timings]  # an interrupted one has none
+    if timed:
+        times = {timing.stage: timing.seconds for timing in _slowest(timed)}
         # Beside the stages: from arrival to the first denoising step.
         times["queue"] = times["encode"] + max(
-            t.queue_seconds for r in results for t in r.timings if t.stage == "denoise"
+            t.queue_seconds for r in timed for t in r.timings if t.stage == "denoise"
         )
         response.headers["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in times.items())
     return with_warnings(response, [*asked, *(line for result in results for line in result.warnings)])

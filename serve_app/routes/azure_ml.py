@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
-from serve_app.protocols import azure_ml
+from serve_app.protocols import azure_ml, azure_swagger
 from serve_app.routes.answers import ERRORS, answered, json_error, json_response, read_body, with_headers
 from serve_app.service import ImageService
 
+ENVELOPES = {"/score": azure_ml.encode_error, "/swagger.json": azure_ml.encode_error}
+
 
 def add_routes(app: FastAPI, service: ImageService) -> None:
-    """`POST /score`."""
+    """`POST /score` and `GET /swagger.json`."""
     limits = service.config.limits
 
     @app.post("/score", tags=["Azure ML"], summary="Score rows of prompts", openapi_extra=_SCORE)
@@ -30,6 +33,13 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
         if client_id := request.headers.get("x-ms-client-request-id"):
             response.headers["x-ms-client-request-id"] = client_id
         return response
+
+    @app.get("/swagger.json", tags=["Azure ML"], summary="What that server says of /score", openapi_extra=_SWAGGER)
+    async def swagger(request: Request) -> Response:
+        async def answer(request_id: str) -> Response:
+            return JSONResponse(azure_swagger.swagger(request.query_params.get("version")))
+
+        return await answered(request, answer, azure_ml.encode_error)
 
 
 _SCORE: dict[str, Any] = {
@@ -50,4 +60,8 @@ _SCORE: dict[str, Any] = {
         },
     },
     "responses": ERRORS | {"415": json_error("The Content-Type is not application/json")},
+}
+_SWAGGER: dict[str, Any] = {
+    "parameters": [{"name": "version", "in": "query", "schema": {"enum": ["2", "3"], "default": "2"}}],
+    "responses": {"400": ERRORS["400"]},
 }

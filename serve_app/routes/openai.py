@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from serve_app import sse
 from serve_app.protocols import openai
@@ -27,7 +27,7 @@ from serve_app.service import ImageService
 
 
 def add_routes(app: FastAPI, service: ImageService) -> None:
-    """`POST /v1/images/generations` and `GET /v1/models`."""
+    """`POST /v1/images/generations`, `GET /v1/models` and `GET /v1/models/{name}`."""
     started = int(time.time())
     limits, names = service.config.limits, service.config.model_names
 
@@ -46,6 +46,13 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.get("/v1/models", tags=["OpenAI"], summary="List the models")
     async def models() -> dict[str, Any]:
         return openai.encode_models(names, started)
+
+    @app.get("/v1/models/{name}", tags=["OpenAI"], summary="One model", openapi_extra={"responses": _NO_SUCH_MODEL})
+    async def model(name: str, request: Request) -> Response:
+        async def answer(request_id: str) -> Response:
+            return JSONResponse(openai.encode_model(name, names, started))
+
+        return await answered(request, answer, openai.encode_error)
 
 
 async def _streamed(service: ImageService, asked: openai.Decoded, request_id: str) -> Response:
@@ -69,7 +76,18 @@ async def _streamed(service: ImageService, asked: openai.Decoded, request_id: st
     return with_warnings(response, [*asked.warnings, *accepted.warnings])
 
 
+_NO_SUCH_MODEL = {"404": json_error("No such model")}
 _GENERATIONS: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": openai.generations_schema()}}},
-    "responses": ERRORS | {"404": json_error("No such model")},
+    "responses": ERRORS
+    | _NO_SUCH_MODEL
+    | {
+        "200": {
+            "description": "The pictures; with `stream` server-sent events, each picture's as soon as it is finished",
+            "content": {
+                "application/json": {"schema": {"type": "object"}},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        }
+    },
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from serve_app import checkpoint
 from serve_app.checkpoint import Checkpoint
+from serve_app.resolve import Trajectory as TrajectoryFacts
 from serve_app.sampling import (
     Scheduler,
     base_timesteps,
@@ -69,6 +70,13 @@ class Denoiser:
     @property
     def native_scheduler(self) -> str:
         return type(self._native_scheduler).__name__
+
+    @property
+    def trajectory(self) -> TrajectoryFacts:
+        """What of the checkpoint's scheduler decides its timesteps."""
+        config = self._native_scheduler.config
+        names = (field.name for field in fields(TrajectoryFacts))
+        return TrajectoryFacts(**{name: config[name] for name in names if config.get(name) is not None})
 
     @torch.inference_mode()
     def begin(self, task: DenoiseTask) -> Trajectory:

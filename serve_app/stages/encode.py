@@ -36,11 +36,12 @@ class TextJob:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What an encoder makes of a text, and the words that did not fit its 77 tokens."""
+    """What an encoder makes of a text, how many tokens it read, and the words that did not fit its 77."""
 
     hidden: Floats  # (77, D)
     pooled: Floats | None  # (P,), None for CLIP-L, whose pooled output SDXL does not use
     cut: str = ""
+    tokens: int = 0  # with the begin and the end, without padding
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class TextEncoders:
                 [done[role] for role in ("refiner negative_prompt",) if role in done],
                 guided=task.refiner_guided,
             )
-        return Conditioning(base, refiner, tuple(_cut_warnings(task, done)))
+        return Conditioning(base, refiner, tuple(_cut_warnings(task, done)), _text_tokens(task, done))
 
     @torch.inference_mode()
     def embed(self, jobs: Sequence[TextJob]) -> list[TextEmbedding]:
@@ -150,14 +151,11 @@ class TextEncoders:
         for row, job in enumerate(jobs):
             pooled = None if name == "text_encoder" else _to_numpy(output.text_embeds[row])
             hidden = _to_numpy(output.hidden_states[-(job.clip_skip + 2)][row])
-            embeddings.append(TextEmbedding(hidden, pooled, self._cut(encoder.tokenizer, job.text, length)))
+            whole = encoder.tokenizer(job.text, truncation=False, verbose=False).input_ids
+            # The last place goes to the end token.
+            cut = encoder.tokenizer.decode(whole[length - 1 : -1]) if len(whole) > length else ""
+            embeddings.append(TextEmbedding(hidden, pooled, cut, min(len(whole), length)))
         return embeddings
-
-    @staticmethod
-    def _cut(tokenizer: Any, text: str, length: int) -> str:
-        ids = tokenizer(text, truncation=False, verbose=False).input_ids
-        # The last place goes to the end token.
-        return tokenizer.decode(ids[length - 1 : -1]) if len(ids) > length else ""
 
 
 def _stage(positive: list[TextEmbedding], negative: list[TextEmbedding], *, guided: bool) -> StageConditioning:
@@ -185,6 +183,16 @@ def _cut_warnings(task: EncodeTask, done: dict[str, TextEmbedding]) -> list[str]
             if line not in warnings:
                 warnings.append(line)
     return warnings
+
+
+def _text_tokens(task: EncodeTask, done: dict[str, TextEmbedding]) -> int:
+    """The tokens of the texts that the task gave, each counted once."""
+    read = {}
+    for role in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "refiner negative_prompt"):
+        text = getattr(task, role.removeprefix("refiner "))
+        if text and role in done:
+            read[text] = done[role].tokens
+    return sum(read.values())
 
 
 def _zeroes_missing_negative(source: Checkpoint) -> bool:
