@@ -122,7 +122,8 @@ def _against_targets(found: dict[str, float]) -> Iterator[str]:
         met = found[name] <= bound if at_most else found[name] >= bound
         wanted = f"at {'most' if at_most else 'least'} {bound:g}" + ("" if met else " (**missed**)")
         yield f"| {text} | **{found[name]:.2f}** | {wanted} | {'' if aim is None else f'{aim:g}'} |"
-    yield ""
+    if there:
+        yield ""
     others = [f"{name} {ratio:.2f}" for name, ratio in found.items() if name not in TARGETS]
     if others:
         yield f"Further ratios to the best rival: {', '.join(others)}."
