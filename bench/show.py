@@ -101,8 +101,11 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
         f"Written by `make bench` on {at['date']}, in {figures['minutes']:g} minutes, on {at['cores']} cores "
         f"({at['architecture']}, {at['system']}), float32, Python {at['python']}, {versions}. The embedded demo "
         "checkpoint at 128x128 pixels with guidance, base and refiner split at 0.8. All systems in one run, one loaded "
-        "at a time, the same requests for each; each with the fastest of the settings it was tried in."
+        "at a time, the same requests for each; each with the fastest of the settings it was tried in. "
+        f"Load average before: {at['load_average_before'][0]:g}."
     )
+    yield ""
+    yield "![throughput and latency](comparison.png)"
     yield ""
     yield from _against_targets(figures["ratios"])
     yield from _systems(figures, effort)
@@ -111,51 +114,55 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _against_targets(found: dict[str, float]) -> Iterator[str]:
-    yield "| | here | wanted | aim |"
-    yield "|---|---|---|---|"
-    for name, (text, bound, at_most, aim) in TARGETS.items():
-        if name in found:
-            met = found[name] <= bound if at_most else found[name] >= bound
-            wanted = f"at {'most' if at_most else 'least'} {bound:g}" + ("" if met else " (**missed**)")
-            yield f"| {text} | **{found[name]:.2f}** | {wanted} | {'' if aim is None else f'{aim:g}'} |"
-    others = {name: ratio for name, ratio in found.items() if name not in TARGETS}
-    if others:
+    there = {name: target for name, target in TARGETS.items() if name in found}
+    if there:
+        yield "| | here | wanted | aim |"
+        yield "|---|---|---|---|"
+    for name, (text, bound, at_most, aim) in there.items():
+        met = found[name] <= bound if at_most else found[name] >= bound
+        wanted = f"at {'most' if at_most else 'least'} {bound:g}" + ("" if met else " (**missed**)")
+        yield f"| {text} | **{found[name]:.2f}** | {wanted} | {'' if aim is None else f'{aim:g}'} |"
+    if there:
         yield ""
-        yield "Further ratios to the best rival: " + ", ".join(f"{n} {ratio:.2f}" for n, ratio in others.items()) + "."
-    yield ""
+    others = [f"{name} {ratio:.2f}" for name, ratio in found.items() if name not in TARGETS]
+    if others:
+        yield f"Further ratios to the best rival: {', '.join(others)}."
+        yield ""
 
 
 def _systems(figures: dict[str, Any], effort: dict[str, Any]) -> Iterator[str]:
     systems = figures["systems"]
     yield "| | " + " | ".join(NAMES[system] for system in systems) + " |"
     yield "|---|" + "---|" * len(systems)
-    for profile, text in (("mixed", "10 to 50 steps, any number"), ("presets", "10, 20, 30, 40 or 50 steps")):
-        name = f"`{profile}` ({text}), {effort['in_flight']} in flight"
-        yield _row(f"{name}: images/s", systems, lambda f, p=profile: f"{f[p]['images_per_s']:.2f}")
-        for q in ("p50", "p95", "p99"):
-            yield _row(f"{name}: latency {q}, s", systems, lambda f, p=profile, q=q: f"{f[p]['latency_s'][q]:.2f}")
-    rates = [found["bursts"]["rate_per_s"] for found in systems.values() if "bursts" in found]
-    if rates:
-        name = f"bursts of {effort['burst']} at {rates[0]:.2f} images/s"
-        for q in ("p50", "p95"):
-            yield _row(f"{name}: latency {q}, s", systems, lambda f, q=q: f"{f['bursts']['latency_s'][q]:.2f}")
-        yield _row(f"{name}: first denoise step, median, s", systems, lambda f: f"{f['bursts']['queue_s']['p50']:.2f}")
-    name = f"10 steps amid {effort['long_ones']} requests of 50"
-    yield _row(f"{name}: latency p50, s", systems, lambda f: f"{f['short-behind-long']['amid_long_s']['p50']:.2f}")
-    yield _row(
-        "... amid as many of 10, at once", systems, lambda f: f"{f['short-behind-long']['together_s']['p50']:.2f}"
-    )
+    for name, place in _figures(systems, effort):
+        cells = [_cell(found, place) for found in systems.values()]
+        if any(cells):
+            yield f"| {name} | " + " | ".join(text or "-" for text in cells) + " |"
     yield ""
 
 
-def _row(name: str, systems: dict[str, Any], cell: Any) -> str:
-    def text(found: dict[str, Any]) -> str:
-        try:
-            return str(cell(found))
-        except (KeyError, TypeError):  # not measured, or nothing to measure
-            return "-"
+def _cell(found: dict[str, Any], place: tuple[str, ...]) -> str:
+    value: Any = found
+    for key in place:
+        value = value.get(key) if value is not None else None  # not measured, or not reported by this system
+    return "" if value is None else f"{value:.2f}"
 
-    return f"| {name} | " + " | ".join(text(found) for found in systems.values()) + " |"
+
+def _figures(systems: dict[str, Any], effort: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The table's rows: a name, and where in a system's figures the cell is."""
+    for profile, text in (("mixed", "10 to 50 steps, any number"), ("presets", "10, 20, 30, 40 or 50 steps")):
+        name = f"`{profile}` ({text}), {effort['in_flight']} in flight"
+        yield f"{name}: images/s", (profile, "images_per_s")
+        for q in ("p50", "p95", "p99"):
+            yield f"{name}: latency {q}, s", (profile, "latency_s", q)
+    for rate in [found["bursts"]["rate_per_s"] for found in systems.values() if "bursts" in found][:1]:
+        name = f"bursts of {effort['burst']} at {rate:.2f} images/s"
+        for q in ("p50", "p95"):
+            yield f"{name}: latency {q}, s", ("bursts", "latency_s", q)
+        yield f"{name}: arrival to first denoise step, median, s", ("bursts", "queue_s", "p50")
+    name = f"10 steps amid {effort['long_ones']} requests of"
+    yield f"{name} 50: latency p50, s", ("short-behind-long", "amid_long_s", "p50")
+    yield f"{name} 10, all at once: latency p50, s", ("short-behind-long", "together_s", "p50")
 
 
 def _gain(figures: dict[str, Any]) -> Iterator[str]:

@@ -136,7 +136,9 @@ def _wait_until_it_draws(process: subprocess.Popen[bytes], url: str, which: Sett
             answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False)
             if answer.status_code == 200:
                 return
-            said = f"HTTP {answer.status_code}"
+            said = f"HTTP {answer.status_code}: {answer.text[:200]}"
+            if answer.status_code in (400, 422):
+                raise SystemFailed(f"{which.system} does not speak the rivals' HTTP: {said}")
         except httpx.TransportError as error:
             said = type(error).__name__
         time.sleep(0.25)

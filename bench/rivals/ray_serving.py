@@ -8,9 +8,10 @@ import threading
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
-from bench.rivals.contract import PATH, BadBody, answer, parse, refusal
+from bench.rivals.contract import BadBody, answer, parse, refusal
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -19,19 +20,18 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 import ray
 from ray import serve
 
-app = FastAPI()
-
 
 @serve.deployment(max_ongoing_requests=512, ray_actor_options={"num_cpus": 0.1})
-@serve.ingress(app)
 class Ingress:
-    """Bodies in, pictures out, as in Ray's own example: one handle to the model deployment."""
+    """Bodies in, pictures out, over one handle to the model deployment, as in Ray's own example; whatever the path.
+
+    Ray's example has FastAPI here. It would only cost time.
+    """
 
     def __init__(self, drawer: Any) -> None:
         self._drawer = drawer
 
-    @app.post(PATH)
-    async def generations(self, request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response:
         arrived_at = time.time()
         try:
             asked = parse(await request.body())

@@ -1,0 +1,154 @@
+"""The comparison's own arithmetic, and its table; the systems themselves are run by `make bench` alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+
+from bench import show
+from bench.compare import main
+from bench.scenarios import Effort, base_steps, far_apart, settle, short_behind_long, step_s
+from bench.systems import GRAPH, NAMES, OURS, SETTINGS, SystemFailed, running, setting
+from serve_app.bench.records import Record
+from serve_app.config import DEMO_FOLDER
+from serve_app.sampling import base_timesteps
+from serve_app.serve_config import read_serve_config
+from tests.bench.server import FakeService, serving
+
+
+@pytest.mark.parametrize("steps", [2, 10, 12, 25, 30, 37, 50])
+def test_base_steps_are_the_schedulers(steps: int) -> None:
+    scheduler = EulerDiscreteScheduler.from_pretrained(DEMO_FOLDER / "base" / "scheduler")
+    scheduler.set_timesteps(steps)
+    assert base_steps(steps) == len(base_timesteps(scheduler, 0.8))
+
+
+def record(**given: Any) -> Record:
+    return Record(0, "all", 1, 25, 0.0, **given)
+
+
+def test_a_steps_time_leaves_the_waiting_out() -> None:
+    # Encode 0.5 s, then 1.5 s of waiting within denoise's 5.5 s: 20 steps in 4 s.
+    assert step_s(record(stages_s={"queue": 2.0, "encode": 0.5, "denoise": 5.5})) == pytest.approx(0.2)
+    assert step_s(record(stages_s={"encode": 0.5, "denoise": 5.5})) is None
+
+
+def test_our_graph_is_the_file_with_the_setting_in_it(tmp_path: Path) -> None:
+    read_serve_config(GRAPH)
+    command = setting(OURS, base_replicas=3, threads=2).command(8123, tmp_path)
+    assert command[-2:] == ["--port", "8123"]
+    config = read_serve_config(tmp_path / "graph.yaml")
+    assert config.deployments["BaseDenoiser"]["num_replicas"] == 3
+    assert config.app.base_denoiser.torch_threads == config.app.vae_decoder.torch_threads == 2
+    # The first setting tried is the file as it stands.
+    SETTINGS[OURS][0].command(8123, tmp_path)
+    assert yaml.safe_load((tmp_path / "graph.yaml").read_text()) == yaml.safe_load(GRAPH.read_text())
+
+
+def test_a_rivals_settings_are_its_flags(tmp_path: Path) -> None:
+    for system in NAMES:
+        assert SETTINGS[system], system
+    command = setting("serve_batch", replicas=2, wait_s=0.05).command(8123, tmp_path)
+    assert command[2:] == ["bench.rivals.serve_batch", "--port", "8123", "--replicas", "2", "--wait-s", "0.05"]
+
+
+def test_a_system_that_ends_at_once_is_one_line() -> None:
+    with (
+        pytest.raises(SystemFailed, match=r"sequential \(nonsense 1\) ended before it was ready: .*unrecognized"),
+        running(setting("sequential", nonsense=1)),
+    ):
+        raise AssertionError("it ran")
+
+
+async def test_short_behind_long_measures_both_and_goes_away() -> None:
+    effort = Effort(long_ones=2, probes=3)
+    with serving(FakeService(denoise_s=0.05)) as service:
+        found = await short_behind_long(service.url, effort, "x")
+        await settle(service.url)
+        assert service.in_flight == 0
+    steps = [body["num_inference_steps"] for body in service.bodies]
+    assert set(steps) == {10, 50, 4} and steps.count(10) == 3 * 2 + 3
+    assert found["amid_long_s"]["count"] == 3 and found["together_s"]["count"] == 3
+    assert found["ratio"] == found["amid_long_s"]["p50"] / found["together_s"]["p50"]
+
+
+def test_far_apart_is_the_largest_difference() -> None:
+    import numpy as np
+
+    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 250, np.uint8)
+    assert far_apart([black, black], [black, grey]) == far_apart([grey], [black]) == 250
+
+
+def _spread(p50: float) -> dict[str, float]:
+    return {"count": 9, "mean": p50, "p50": p50, "p95": 2 * p50, "p99": 3 * p50, "max": 3 * p50}
+
+
+def _system(rate: float, p50: float, queue: float | None) -> dict[str, Any]:
+    loop = {"images_per_s": rate, "latency_s": _spread(p50), "latencies_s": [p50, 2 * p50], "stages_s": {}}
+    return {
+        "mixed": loop,
+        "bursts": {
+            "rate_per_s": 1.6, "latency_s": _spread(p50), "latencies_s": [p50],
+            "queue_s": None if queue is None else _spread(queue), "queue_in_steps": None if queue is None else 1.5,
+        },
+        "short-behind-long": {"amid_long_s": _spread(p50), "together_s": _spread(1.0), "ratio": p50},
+    }  # fmt: skip
+
+
+FIGURES: dict[str, Any] = {
+    "machine": show.machine(),
+    "effort": Effort().__dict__,
+    "whole": True,
+    "minutes": 20.0,
+    "parity": {OURS: {"alone": 0, "at_once": 1}},
+    "settings": {OURS: {"chosen": "base replicas 2, threads 1", "tried_images_per_s": {"base replicas 1": 1.5}}},
+    "systems": {
+        OURS: _system(2.0, 4.0, 0.25),
+        "sequential": _system(1.0, 16.0, 9.0),
+        "one_deployment": _system(1.6, 10.0, None),
+    },
+    "alone": {"ratio": 0.95},
+    "unet_gain": {
+        model: {f"{count}_processes": {"2": 10.0, "16": 5.0} for count in (1, 2)} for model in ("base", "refiner")
+    },
+}
+
+
+def test_ratios_are_to_the_best_rival() -> None:
+    found = show.ratios(FIGURES)
+    assert found["mixed_throughput"] == 2.0 / 1.6
+    assert found["mixed_p95"] == 4.0 / 10.0
+    assert found["burst_queue_in_steps"] == 1.5 and found["alone"] == 0.95
+    assert found["short_behind_long"] == 4.0 and found["short_behind_long_p50"] == 0.4
+    assert "presets_throughput" not in found
+    assert show.ratios({"systems": {"sequential": FIGURES["systems"]["sequential"]}}) == {}
+
+
+def test_the_table_says_what_was_met_and_what_missed(tmp_path: Path) -> None:
+    figures = FIGURES | {"ratios": show.ratios(FIGURES)}
+    show.write(figures, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "throughput against the best rival's | **1.25** | at least 1.25 | 1.6 |" in text
+    assert "at the same batch size | **4.00** | at most 1.5 (**missed**) |" in text
+    assert "median, s | 0.25 | 9.00 | - |" in text  # what a system doesn't report is a dash
+    assert "`presets`" not in text  # what nobody measured is no row
+    # 24 base and 6 refiner steps of two rows at 5 ms, on two cores: 1 / (30 * 2 * 5 ms) * 2
+    assert "would draw 6.67 images/s at 30 steps; sdxl-serve draws 2.00, 30% of it" in text
+    assert "**base replicas 2, threads 1** (base replicas 1: 1.50)" in text
+    assert "not to be quoted" not in text
+    assert json.loads((tmp_path / "comparison.json").read_text())["ratios"]["mixed_p95"] == 0.4
+    with Image.open(tmp_path / "comparison.png") as image:
+        assert image.width > 1000
+    assert "not to be quoted" in show.markdown(figures | {"whole": False})
+
+
+def test_bursts_need_the_capacity(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--scenarios", "bursts"])
+    assert "bursts needs mixed" in capsys.readouterr().err
