@@ -57,6 +57,8 @@ LAYERS = {
     "serve_app.service": 2,
     "serve_app.sse": 2,
     "serve_app.http_app": 2,
+    "serve_app.client": 2,
+    "serve_app.client_wire": 2,
     # Ray
     "serve_app.deployments": 3,
     "serve_app.deployments.calls": 3,
@@ -159,6 +161,7 @@ def test_a_layer_keeps_out_what_is_not_its_own(name: str) -> None:
         ("serve_app.service", ("torch", "diffusers", "ray")),
         ("serve_app.http_app", ("torch", "diffusers", "ray")),
         ("serve_app.cli", ("torch", "diffusers", "ray")),
+        ("serve_app.client", ("torch", "diffusers", "ray", "numpy", "fastapi")),
         ("serve_app.deployments.ingress", ("torch", "diffusers")),
     ],
 )
