@@ -29,7 +29,9 @@ from serve_app.errors import (
     ServiceError,
 )
 from serve_app.images import MEDIA_TYPES
+from serve_app.page import add_page
 from serve_app.protocols import azure_ml, imagine, openai
+from serve_app.protocols.info import ServiceInfo, service_info
 from serve_app.schema import Accepted, ImageRequest, ImageResult
 from serve_app.service import ImageService
 
@@ -71,6 +73,10 @@ def build_http_app(service: ImageService) -> FastAPI:
     async def models() -> dict[str, Any]:
         return openai.encode_models(names, started)
 
+    @app.get("/v1/sdxl/info", tags=["operations"], summary="What is served, and within which limits")
+    async def info() -> ServiceInfo:
+        return service_info(service.config, service.facts)
+
     @app.post("/score", tags=["Azure ML"], summary="Score rows of prompts", openapi_extra=_SCORE)
     async def score(request: Request) -> Response:
         async def answer(request_id: str) -> Response:
@@ -102,6 +108,8 @@ def build_http_app(service: ImageService) -> FastAPI:
     @app.get("/health", tags=["operations"], summary="Alive: the ingress is up")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": names[0], "images_in_flight": service.admission.in_flight}
+
+    add_page(app)
 
     @app.exception_handler(HTTPException)
     async def unmatched(request: Request, error: HTTPException) -> Response:

@@ -34,6 +34,7 @@ LAYERS = {
     "serve_app.protocols.openai": 0,
     "serve_app.protocols.azure_ml": 0,
     "serve_app.protocols.imagine": 0,
+    "serve_app.protocols.info": 0,
     # tensors
     "serve_app.checkpoint": 1,
     "serve_app.sampling": 1,
@@ -57,6 +58,7 @@ LAYERS = {
     "serve_app.service": 2,
     "serve_app.sse": 2,
     "serve_app.http_app": 2,
+    "serve_app.page": 2,
     "serve_app.client": 2,
     "serve_app.client_wire": 2,
     # Ray
@@ -77,7 +79,7 @@ LAYERS = {
 TENSORS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}
 WEB = {"fastapi", "starlette", "uvicorn"}
 FORBIDDEN = {1: WEB | {"ray"}, 2: TENSORS | {"ray"}, 3: set[str](), 4: TENSORS}
-MAY_SERVE_HTTP = {"serve_app.http_app", "serve_app.deployments.ingress"}
+MAY_SERVE_HTTP = {"serve_app.http_app", "serve_app.page", "serve_app.deployments.ingress"}
 
 
 @dataclass(frozen=True)
