@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,15 +15,7 @@ from serve_app import __version__
 from serve_app.bench.command import add_flags as add_bench_flags
 from serve_app.errors import ConfigurationError, ServiceError
 from serve_app.images import MEDIA_TYPES
-from serve_app.schema import (
-    GeneratedImage,
-    ImageRequest,
-    ImageResult,
-    Progress,
-    StageTiming,
-    field_kinds,
-    parse_request,
-)
+from serve_app.schema import ImageRequest, ImageResult, Progress, StreamEvent, field_kinds, parse_request
 
 _PACKAGE = Path(__file__).parent
 # Inside the package where it was installed as a wheel, beside it in a checkout.
@@ -145,19 +134,24 @@ def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
     config = read_serve_config(config_path)
     print(f"starting the graph of {config_path.name} (four model deployments and the ingress) ...", file=sys.stderr)
     with running(config, http=False) as graph, tqdm(unit="step", dynamic_ncols=True) as bar:
-        steps: dict[tuple[int, str], tuple[int, int]] = {}
         try:
-            for event in graph.handle.options(stream=True).stream.remote(request):
-                if isinstance(event, ImageResult):
-                    return event
-                if isinstance(event, Progress):
-                    _show(bar, request, steps, event)
+            return _follow(graph.handle.options(stream=True).stream.remote(request), bar, request)
         except ServiceError:
             raise
         except Exception as error:  # Ray's, or a fault of a stage: a line here, the report in Ray's logs
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ServiceError(f"the graph failed: {lines[-1].strip()}") from None
-    raise ServiceError("the graph ended without a result")
+
+
+def _follow(events: Iterable[StreamEvent], bar: Any, request: ImageRequest) -> ImageResult:
+    """The result of a stream; its progress moves the bar."""
+    steps: dict[tuple[int, str], tuple[int, int]] = {}
+    for event in events:
+        if isinstance(event, ImageResult):
+            return event
+        if isinstance(event, Progress):
+            _show(bar, request, steps, event)
+    raise ServiceError("the stream ended without a result")
 
 
 def _show(bar: Any, request: ImageRequest, steps: dict[tuple[int, str], tuple[int, int]], event: Progress) -> None:
@@ -171,54 +165,13 @@ def _show(bar: Any, request: ImageRequest, steps: dict[tuple[int, str], tuple[in
 
 
 def _draw_at(url: str, request: ImageRequest) -> ImageResult:
-    """Asks a running service; the bar counts the seconds."""
+    """Asks a running service, with the same bar."""
     from tqdm import tqdm
 
-    body = json.dumps(request.model_dump(exclude_unset=True)).encode()
-    post = urllib.request.Request(
-        f"{url.rstrip('/')}/v1/images/generations", body, {"Content-Type": "application/json"}
-    )
-    answer: dict[str, Any] = {}
+    from serve_app.client import Client
 
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(post) as response:
-                answer["timing"] = response.headers.get("Server-Timing", "")
-                answer["body"] = json.load(response)
-        except urllib.error.HTTPError as error:
-            answer["error"] = _http_reason(error)
-        except (OSError, ValueError) as error:
-            answer["error"] = f"{url}: {getattr(error, 'reason', error)}"
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    with tqdm(desc="drawing", bar_format="{desc} {elapsed}") as bar:
-        while thread.is_alive():
-            thread.join(0.2)
-            bar.refresh()
-    if "error" in answer:
-        raise ServiceError(answer["error"])
-    return _result(answer["body"], answer["timing"])
-
-
-def _http_reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {error.reason}"
-
-
-def _result(body: dict[str, Any], timing: str) -> ImageResult:
-    width, height = (int(side) for side in body["size"].split("x"))
-    images = [
-        GeneratedImage(base64.b64decode(item["b64_json"]), item["seed"], body["output_format"], width, height)
-        for item in body["data"]
-    ]
-    timings = []
-    for part in filter(None, timing.split(", ")):
-        stage, _, milliseconds = part.partition(";dur=")
-        timings.append(StageTiming(stage, float(milliseconds) / 1000))  # type: ignore[arg-type]
-    return ImageResult(images, body["warnings"], timings)
+    with Client(url) as client, tqdm(unit="step", dynamic_ncols=True) as bar:
+        return _follow(client.stream(request), bar, request)
 
 
 def _serve(options: argparse.Namespace) -> int:

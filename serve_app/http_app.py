@@ -9,6 +9,8 @@ from starlette.exceptions import HTTPException
 
 from serve_app import __version__
 from serve_app.errors import MethodNotAllowed, RouteNotFound
+from serve_app.page import add_page
+from serve_app.protocols.info import ServiceInfo, service_info
 from serve_app.protocols.openai import encode_error as encode_openai_error
 from serve_app.routes import automatic1111, azure_ml, hugging_face, imagine, openai, stability
 from serve_app.routes.answers import Envelope, error_response
@@ -38,10 +40,16 @@ def build_http_app(service: ImageService) -> FastAPI:
     for format_routes in _FORMATS:
         format_routes.add_routes(app, service)
 
+    @app.get("/v1/sdxl/info", tags=["operations"], summary="What is served, and within which limits")
+    async def info() -> ServiceInfo:
+        return service_info(service.config, service.facts)
+
     @app.get("/health", tags=["operations"], summary="Alive: the ingress is up")
     async def health() -> dict[str, Any]:
         model = service.config.model_names[0]
         return {"status": "ok", "model": model, "images_in_flight": service.admission.in_flight}
+
+    add_page(app)
 
     @app.exception_handler(HTTPException)
     async def unmatched(request: Request, error: HTTPException) -> Response:

@@ -506,6 +506,8 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/internal/ping": {"get"},
         "/v1/generation/{engine}/text-to-image": {"post"},
         "/v1/engines/list": {"get"},
+        "/v1/sdxl/info": {"get"},
+        "/": {"get"},
         "/health": {"get"},
     }
     body = document["paths"][GENERATIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
