@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from serve_app import __version__
 from serve_app.errors import ConfigurationError, ServiceError
 from serve_app.images import MEDIA_TYPES
+from serve_app.planning.command import add_plan_flags
+from serve_app.planning.measure import add_profile_flags
 from serve_app.schema import (
     GeneratedImage,
     ImageRequest,
@@ -75,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a config file and the checkpoints it names")
     check.add_argument("config", type=Path)
     check.set_defaults(run=_check)
+
+    plan = commands.add_parser("plan", help="how many replicas a load needs, and how fast it will be, on paper")
+    add_plan_flags(plan)
+
+    profile = commands.add_parser("profile", help="measure this machine for `plan`")
+    add_profile_flags(profile, DEMO_CONFIG)
 
     tiny = commands.add_parser("make-tiny", help="write a random-weight base and refiner, for tests")
     tiny.add_argument("directory", type=Path)
