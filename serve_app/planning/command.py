@@ -133,19 +133,20 @@ def _print(options: argparse.Namespace, profile: Profile, mix: Mix, figures: dic
     if profile.cores is not None:
         print(f"all replicas share {profile.cores.count} cores")
     print()
-    print("stage    replicas  utilisation  rows/pass  waits s  stays s")
+    print("stage    replicas  utilisation  rows a pass  waits s  stays s")
     for stage in STAGES:
         use = figures["stages"][stage]
         if use["replicas"]:
+            rows = f"{use['rows']:.1f} of {_most_rows(profile, stage)}"
             print(
-                f"{stage:8} {use['replicas']:8d}  {use['utilisation']:11.0%}  {use['rows']:9.1f}  "
+                f"{stage:8} {use['replicas']:8d}  {use['utilisation']:11.0%}  {rows:>11}  "
                 f"{use['queued_s']:7.3f}  {use['stayed_s']:7.3f}"
             )
     print()
-    print("seconds           mean      p50      p95      p99")
+    print("seconds               mean      p50      p95      p99")
     for name, title in (("latency_s", "latency"), ("to_first_step_s", "to the first step")):
         values = (figures[name][key] for key in ("mean", "p50", "p95", "p99"))
-        print(f"{title:17}" + " ".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in values)[3:])
+        print(f"{title:17} " + " ".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in values))
     print()
     print(
         f"{figures['images_per_s']:.2f} images/s over {figures['measured_s']:.0f} s; "
@@ -156,6 +157,15 @@ def _print(options: argparse.Namespace, profile: Profile, mix: Mix, figures: dic
         lives = figures["measured_s"] / figures["latency_s"]["p99"]
         if lives < 5:
             print(f"note: the run is {lives:.1f} times as long as its p99: give more --requests")
+
+
+def _most_rows(profile: Profile, stage: str) -> int:
+    if stage == "ingress":
+        return 1
+    budget = {"encode": profile.encode, "denoise": profile.denoise, "refine": profile.refine, "decode": profile.decode}
+    found = budget[stage]
+    assert found is not None
+    return found.budget.rows
 
 
 def _profile(options: argparse.Namespace) -> Profile:

@@ -1,8 +1,8 @@
 """The smallest number of replicas that keeps a promise: bounds first, then simulation. Pure.
 
 The search starts from what utilisation alone demands, adds a replica where calls wait longest until the promise is
-kept, and then takes away from each stage what it can spare, the most costly stage first. It ends where no stage can
-spare one more.
+kept, and takes away from each stage what it can spare, the most costly stage first. Then it tries whether a little more
+of one stage spares more of another. It ends where neither helps.
 """
 
 from __future__ import annotations
@@ -145,23 +145,46 @@ def find_plan(
             tell(replicas, runs[replicas])
         return runs[replicas]
 
+    def without_the_spare(replicas: Replicas) -> Replicas:
+        """From each stage what it can spare, the most costly first. Takes it that more never hurts."""
+        for stage in _BY_COST:
+            low, high = getattr(least, stage), getattr(replicas, stage)
+            while low < high:
+                middle = (low + high) // 2
+                if keeps(attempt(replace(replicas, **{stage: middle})), p99_s):
+                    high = middle
+                else:
+                    low = middle + 1
+            replicas = replace(replicas, **{stage: high})
+        return replicas
+
     found = least
     while not keeps(run := attempt(found), p99_s):
         found = _more(found, run, undisturbed, profile)
-    for stage in _BY_COST:
-        low, high = getattr(least, stage), getattr(found, stage)
-        while low < high:
-            middle = (low + high) // 2
-            if keeps(attempt(replace(found, **{stage: middle})), p99_s):
-                high = middle
-            else:
-                low = middle + 1
-        found = replace(found, **{stage: high})
+    found = without_the_spare(found)
+    traded = True
+    while traded:
+        traded = False
+        for stage in _BY_COST:
+            if 0 < getattr(found, stage) < _MOST:
+                other = without_the_spare(_with_more(found, stage))
+                if _price(other) < _price(found):
+                    found, traded = other, True
     return Plan(found, attempt(found), len(runs))
 
 
+def _price(replicas: Replicas) -> tuple[int, ...]:
+    return (replicas.total, *(getattr(replicas, stage) for stage in _BY_COST))
+
+
+def _with_more(replicas: Replicas, stage: str) -> Replicas:
+    """A tenth more of a stage, at least one."""
+    count = getattr(replicas, stage)
+    return replace(replicas, **{stage: count + max(count // 10, 1)})
+
+
 def _more(replicas: Replicas, run: Run, undisturbed: dict[str, float], profile: Profile) -> Replicas:
-    """A tenth more, at least one, of the stage where a call loses most time to others."""
+    """More of the stage where a call loses most time to others."""
     lost = {
         stage: use.stayed_s - undisturbed[stage] for stage, use in run.stages.items() if getattr(replicas, stage) > 0
     }
@@ -173,7 +196,7 @@ def _more(replicas: Replicas, run: Run, undisturbed: dict[str, float], profile: 
     count = getattr(replicas, stage)
     if count >= _MOST or (profile.cores is not None and count >= 4 * profile.cores.count):
         raise ConfigurationError(f"p99: not reached with {replicas}")
-    return replace(replicas, **{stage: count + max(count // 10, 1)})
+    return _with_more(replicas, stage)
 
 
 def requests_to_simulate(profile: Profile, mix: Mix, rate: float | None, concurrency: int | None) -> int:
