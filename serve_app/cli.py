@@ -15,6 +15,8 @@ from serve_app import __version__
 from serve_app.bench.command import add_flags as add_bench_flags
 from serve_app.errors import ConfigurationError, ServiceError
 from serve_app.images import MEDIA_TYPES
+from serve_app.planning.command import add_plan_flags
+from serve_app.planning.measure import add_profile_flags
 from serve_app.schema import ImageRequest, ImageResult, Progress, StreamEvent, field_kinds, parse_request
 
 _PACKAGE = Path(__file__).parent
@@ -69,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="put load on a running service and measure it")
     add_bench_flags(bench)
     bench.set_defaults(run=_bench)
+
+    plan = commands.add_parser("plan", help="how many replicas a load needs, and how fast it will be, on paper")
+    add_plan_flags(plan)
+
+    profile = commands.add_parser("profile", help="measure this machine for `plan`")
+    add_profile_flags(profile, DEMO_CONFIG)
 
     tiny = commands.add_parser("make-tiny", help="write a random-weight base and refiner, for tests")
     tiny.add_argument("directory", type=Path)

@@ -466,7 +466,7 @@ async def test_the_models_are_the_names_the_service_answers_to() -> None:
     [
         ("GET", "/v1/images", 404),
         ("POST", "/v1/images/edits", 404),
-        ("GET", "/", 404),
+        ("GET", "/nowhere", 404),
         ("GET", GENERATIONS, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", IMAGINE, 405),

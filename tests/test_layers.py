@@ -52,6 +52,14 @@ LAYERS = {
     "serve_app.protocols.refiner_split": 0,
     "serve_app.protocols.scheduler_names": 0,
     "serve_app.protocols.info": 0,
+    "serve_app.planning": 0,
+    "serve_app.planning.profile": 0,
+    "serve_app.planning.workload": 0,
+    "serve_app.planning.clock": 0,
+    "serve_app.planning.stages": 0,
+    "serve_app.planning.simulate": 0,
+    "serve_app.planning.plan": 0,
+    "serve_app.planning.command": 0,
     # tensors
     "serve_app.checkpoint": 1,
     "serve_app.sampling": 1,
@@ -60,6 +68,7 @@ LAYERS = {
     "serve_app.stages.encode": 1,
     "serve_app.stages.denoise": 1,
     "serve_app.stages.decode": 1,
+    "serve_app.planning.passes": 1,
     "serve_app.demo.tiny": 1,
     "serve_app.demo.data": 1,
     "serve_app.demo.render": 1,
@@ -102,6 +111,7 @@ LAYERS = {
     "serve_app.bench.command": 4,
     "serve_app.local": 4,
     "serve_app.cli": 4,
+    "serve_app.planning.measure": 4,
 }
 
 TENSORS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}
@@ -189,6 +199,7 @@ def test_a_layer_keeps_out_what_is_not_its_own(name: str) -> None:
     ("module", "unwanted"),
     [
         ("serve_app.scheduling", ("torch", "ray", "diffusers", "numpy")),
+        ("serve_app.planning.command", ("torch", "ray", "diffusers", "numpy")),
         ("serve_app.service", ("torch", "diffusers", "ray")),
         ("serve_app.http_app", ("torch", "diffusers", "ray")),
         ("serve_app.cli", ("torch", "diffusers", "ray")),

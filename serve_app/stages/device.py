@@ -44,6 +44,11 @@ def set_up(config: ComputeConfig, gpu_fraction: float = 0.0) -> Compute:
     return Compute(torch.device(device), getattr(torch, dtype))
 
 
+def describe(compute: Compute) -> str | None:
+    """The name of a GPU; None on the CPU."""
+    return torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else None
+
+
 def is_context_broken(error: Exception) -> bool:
     """Whether an error leaves the CUDA context unusable: every later call in this process would fail.
 
