@@ -86,6 +86,7 @@ LAYERS = {
     "serve_app.http_app": 2,
     "serve_app.routes": 2,
     "serve_app.routes.answers": 2,
+    "serve_app.routes.documents": 2,
     "serve_app.routes.openai": 2,
     "serve_app.routes.azure_ml": 2,
     "serve_app.routes.imagine": 2,

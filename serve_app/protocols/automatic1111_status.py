@@ -158,3 +158,32 @@ def encode_options(model_names: tuple[str, ...]) -> dict[str, Any]:
 def encode_cmd_flags() -> dict[str, Any]:
     """`GET /sdapi/v1/cmd-flags`: that the API is on, and what serves it."""
     return {"api": True, "nowebui": True, "listen": True, "api_server": f"sdxl-serve {__version__}"}
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error", "detail", "body", "errors"],
+    "properties": {"error": _TEXT, "detail": _TEXT, "body": _TEXT, "errors": _TEXT},
+}
+PICTURES_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["images", "parameters", "info", "warnings"],
+    "properties": {
+        "images": {"type": "array", "items": _TEXT, "description": "The pictures' files in base64."},
+        "parameters": {"type": "object", "description": "The request's fields, with their defaults."},
+        "info": {"type": "string", "description": "JSON: seeds, prompts, infotexts."},
+        "warnings": {"type": "array", "items": _TEXT},
+    },
+}
+PROGRESS_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["progress", "eta_relative", "state", "current_image", "textinfo"],
+    "properties": {
+        "progress": {"type": "number", "minimum": 0, "maximum": 1},
+        "eta_relative": {"type": "number", "description": "Seconds that are left, as far as can be told."},
+        "state": {"type": "object"},
+        "current_image": {"type": ["string", "null"], "description": "A preview in base64, PNG."},
+        "textinfo": {"type": "null"},
+    },
+}

@@ -15,7 +15,7 @@ from serve_app.schema import ImageRequest
 
 HEALTHY = "Healthy"  # the body of `GET /`, text/plain
 
-_EXAMPLE = {
+EXAMPLE = {
     "input_data": {
         "columns": ["prompt"],
         "data": ["a photograph of an astronaut riding a horse"],
@@ -51,9 +51,9 @@ def swagger_2() -> dict[str, Any]:
     """Swagger 2.0."""
     nullable = {"x-nullable": True}
     definitions = {
-        "ServiceInput": _service_input(_split(nullable), nullable) | {"example": _EXAMPLE},
+        "ServiceInput": _service_input(_split(nullable), nullable) | {"example": EXAMPLE},
         "ServiceOutput": _service_output(nullable) | {"example": _EXAMPLE_ANSWER},
-        "ErrorResponse": _ERROR,
+        "ErrorResponse": ERROR_SCHEMA,
     }
     error = {"schema": {"$ref": "#/definitions/ErrorResponse"}}
     return {
@@ -135,7 +135,7 @@ def openapi_3() -> dict[str, Any]:
                         "content": {
                             "application/json": {
                                 "schema": {"$ref": "#/components/schemas/ServiceInput"},
-                                "example": _EXAMPLE,
+                                "example": EXAMPLE,
                             }
                         },
                     },
@@ -159,7 +159,7 @@ def openapi_3() -> dict[str, Any]:
             "schemas": {
                 "ServiceInput": _service_input(input_data, nullable),
                 "ServiceOutput": _service_output(nullable),
-                "ErrorResponse": _ERROR,
+                "ErrorResponse": ERROR_SCHEMA,
             },
         },
     }
@@ -179,7 +179,7 @@ _API_KEY = {
 _HEALTH = {"operationId": "ServiceHealthCheck", "description": f"Answers {HEALTHY!r} while the server is up."}
 _SCORE = {"operationId": "RunMLService", "description": "Draws a picture of each row's prompt."}
 _OUTPUT = "A row a picture, in the order of the data"
-_ERROR = {"type": "object", "required": ["message"], "properties": {"message": {"type": "string"}}}
+ERROR_SCHEMA = {"type": "object", "required": ["message"], "properties": {"message": {"type": "string"}}}
 
 
 def _service_input(input_data: dict[str, Any], nullable: dict[str, Any]) -> dict[str, Any]:

@@ -166,3 +166,10 @@ def _ascii(text: str) -> Iterator[str]:
     """Header text: printable ASCII, the rest escaped."""
     for character in text:
         yield character if " " <= character <= "~" else character.encode("unicode_escape").decode("ascii")
+
+
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string"}},
+}

@@ -251,3 +251,93 @@ def encode_usage(text_tokens: int) -> dict[str, Any]:
         "output_tokens_details": {"text_tokens": 0, "image_tokens": 0},
         "total_tokens": text_tokens,
     }
+
+
+_TEXT_OR_NULL: dict[str, Any] = {"type": ["string", "null"]}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT_OR_NULL,
+                "code": _TEXT_OR_NULL,
+            },
+        }
+    },
+}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_TOKENS = {
+    "type": "object",
+    "required": ["text_tokens", "image_tokens"],
+    "properties": {"text_tokens": _COUNT, "image_tokens": _COUNT},
+}
+IMAGES_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["created", "background", "output_format", "size", "data", "usage", "warnings"],
+    "properties": {
+        "created": {"type": "integer", "description": "Unix time, seconds."},
+        "background": {"const": "opaque"},
+        "output_format": {"enum": list(MEDIA_TYPES)},
+        "size": {"type": "string", "pattern": r"^\d+x\d+$"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["b64_json", "url", "revised_prompt", "seed"],
+                "properties": {
+                    "b64_json": _TEXT_OR_NULL | {"description": "The picture's file in base64."},
+                    "url": _TEXT_OR_NULL | {"description": "The same as a data: address, with response_format url."},
+                    "revised_prompt": {"type": "null"},
+                    "seed": _COUNT | {"description": "Draws this picture again, alone."},
+                },
+            },
+        },
+        "usage": {
+            "type": "object",
+            "required": [
+                "input_tokens", "input_tokens_details", "output_tokens", "output_tokens_details", "total_tokens",
+            ],
+            "properties": {
+                "input_tokens": _COUNT,
+                "input_tokens_details": _TOKENS,
+                "output_tokens": _COUNT,
+                "output_tokens_details": _TOKENS,
+                "total_tokens": _COUNT,
+            },
+        },
+        "warnings": {"type": "array", "items": {"type": "string"}},
+    },
+}  # fmt: skip
+STREAM_SCHEMA: dict[str, Any] = {
+    "type": "string",
+    "description": "With `stream`: server-sent events, each a JSON object whose `type` is the event's name. "
+    "`image_generation.partial_image` (`partial_images` of them a picture), `image_generation.completed` (one a "
+    "picture, as soon as it is finished; the last one holds `usage`, `warnings` and `timings`), with `progress` "
+    "`image_generation.progress` (`stage`, `step`, `steps`, `queue_position`); all with `image_index`. A fault on the "
+    "way is an event `error` with the error envelope.",
+    "examples": [
+        'event: image_generation.completed\ndata: {"type":"image_generation.completed","b64_json":"iVBORw0KGgo...",'
+        '"created_at":1,"size":"1024x1024","quality":"auto","background":"opaque","output_format":"png",'
+        '"image_index":0,"seed":7}\n\n'
+    ],
+}
+MODEL_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+    },
+}
+MODELS_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": MODEL_SCHEMA}},
+}

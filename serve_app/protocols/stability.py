@@ -241,3 +241,38 @@ def _scheduler(sampler: str | None) -> SchedulerName | None:
             f"sampler: {sampler[:40]!r} is not to be had; this service has {', '.join(names)}", param="sampler"
         )
     return found
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["id", "name", "message"],
+    "properties": {"id": _TEXT, "name": _TEXT, "message": _TEXT},
+}
+ARTIFACTS_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["artifacts", "warnings"],
+    "properties": {
+        "artifacts": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["base64", "seed", "finishReason"],
+                "properties": {
+                    "base64": _TEXT,
+                    "seed": {"type": "integer", "minimum": 0},
+                    "finishReason": {"const": "SUCCESS"},
+                },
+            },
+        },
+        "warnings": {"type": "array", "items": _TEXT},
+    },
+}
+ENGINES_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["id", "name", "description", "type"],
+        "properties": {"id": _TEXT, "name": _TEXT, "description": _TEXT, "type": {"const": "PICTURE"}},
+    },
+}

@@ -115,14 +115,3 @@ def _warnings_header(warnings: list[str]) -> str:
             break
         lines.append(cut)
     return json.dumps(lines)
-
-
-def json_error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": {"type": "object"}}}}
-
-
-ERRORS = {
-    "400": json_error("The request is wrong: one line says what"),
-    "413": json_error("The body is too large"),
-    "503": json_error("The service is full, or a stage is being replaced: Retry-After says when to come back"),
-}

@@ -18,7 +18,8 @@ from fastapi import FastAPI, Request, Response
 
 from serve_app.pipeline import LatentPreview
 from serve_app.protocols import automatic1111, automatic1111_status
-from serve_app.routes.answers import ERRORS, answered, json_error, json_response, read_body, with_headers
+from serve_app.routes.answers import answered, json_response, read_body, with_headers
+from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body
 from serve_app.schema import GeneratedImage, ImageReady, ImageRequest, ImageResult
 from serve_app.service import Event, ImageService
 
@@ -72,7 +73,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     limits, names, facts = service.config.limits, service.config.model_names, service.facts
     bodies: list[Body] = []
 
-    async def draw(body: Body, request_id: str) -> list[ImageResult]:
+    async def drawn(body: Body, request_id: str) -> list[ImageResult]:
         body.task = asyncio.ensure_future(service.generate_all(body.requests, request_id, body.see))
         bodies.append(body)
         try:
@@ -87,20 +88,20 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
 
     @app.post("/sdapi/v1/txt2img", tags=[_TAG], summary="Draw pictures", openapi_extra=_TXT2IMG)
     async def txt2img(request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             content = await read_body(request, limits.max_body_bytes)
             asked = automatic1111.decode(
                 content, names, limits.max_images_in_flight, secrets.randbits(32), facts.trajectory
             )
-            results = await draw(Body.of(asked.requests), request_id)
+            results = await drawn(Body.of(asked.requests), request_id)
             response = await json_response(
                 lambda: automatic1111.encode(asked, results, names[0], facts.refined, facts.trajectory)
             )
             return with_headers(response, results, asked.warnings)
 
-        return await answered(request, answer, automatic1111.encode_error)
+        return await answered(request, draw, automatic1111.encode_error)
 
-    @app.get("/sdapi/v1/progress", tags=[_TAG], summary="How far the oldest txt2img is")
+    @app.get("/sdapi/v1/progress", tags=[_TAG], summary="How far the oldest txt2img is", openapi_extra=_PROGRESS)
     async def progress(skip_current_image: bool = False) -> dict[str, Any]:
         if not bodies:
             return automatic1111_status.encode_progress(None)
@@ -138,6 +139,10 @@ def _add_constant(app: FastAPI, path: str, content: Any) -> None:
 
 
 _TXT2IMG: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": automatic1111.txt2img_schema()}}},
-    "responses": ERRORS | {"404": json_error("No such model")},
+    "requestBody": json_body(automatic1111.txt2img_schema()),
+    "responses": answer("The pictures", {"application/json": automatic1111_status.PICTURES_SCHEMA})
+    | errors(automatic1111_status.ERROR_SCHEMA, *PICTURE_ERRORS, 404),
+}
+_PROGRESS: dict[str, Any] = {
+    "responses": answer("How far it is", {"application/json": automatic1111_status.PROGRESS_SCHEMA})
 }

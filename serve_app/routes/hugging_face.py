@@ -8,7 +8,8 @@ from fastapi import FastAPI, Request, Response
 
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import hugging_face
-from serve_app.routes.answers import ERRORS, answered, json_error, read_body, with_headers
+from serve_app.routes.answers import answered, read_body, with_headers
+from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body
 from serve_app.service import ImageService
 
 ENVELOPES = {"/hugging-face": hugging_face.encode_error}
@@ -26,7 +27,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
         openapi_extra=_TEXT_TO_IMAGE,
     )
     async def text_to_image(request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             asked = hugging_face.decode(await read_body(request, limits.max_body_bytes), request.headers.get("accept"))
             result = await service.generate(asked.request, request_id)
             picture = hugging_face.encode(result, asked.warnings)
@@ -35,17 +36,11 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
                 response.headers.append(name, value)
             return with_headers(response, [result], asked.warnings)
 
-        return await answered(request, answer, hugging_face.encode_error)
+        return await answered(request, draw, hugging_face.encode_error)
 
 
 _TEXT_TO_IMAGE: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": hugging_face.text_to_image_schema()}},
-    },
-    "responses": ERRORS
-    | {
-        "200": {"description": "The picture", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-        "406": json_error("`Accept` allows no format that a picture can have"),
-    },
+    "requestBody": json_body(hugging_face.text_to_image_schema()),
+    "responses": answer("The picture", dict.fromkeys(MEDIA_TYPES.values(), BINARY))
+    | errors(hugging_face.ERROR_SCHEMA, *PICTURE_ERRORS, 406),
 }

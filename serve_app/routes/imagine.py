@@ -8,7 +8,8 @@ from fastapi import FastAPI, Request, Response
 
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import imagine, openai
-from serve_app.routes.answers import ERRORS, answered, with_headers
+from serve_app.routes.answers import answered, with_headers
+from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors
 from serve_app.schema import ImageRequest
 from serve_app.service import ImageService
 
@@ -16,9 +17,15 @@ from serve_app.service import ImageService
 def add_routes(app: FastAPI, service: ImageService) -> None:
     """`GET /imagine`."""
 
-    @app.get("/imagine", tags=["Ray"], summary="A prompt in the address, a picture back", openapi_extra=_IMAGINE)
+    @app.get(
+        "/imagine",
+        tags=["Ray"],
+        summary="A prompt in the address, a picture back",
+        response_class=Response,
+        openapi_extra=_IMAGINE,
+    )
     async def imagine_picture(request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             asked = imagine.decode(request.scope["query_string"])
             result = await service.generate(asked.request, request_id)
             picture = result.images[0]
@@ -26,7 +33,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             response.headers["X-SDXL-Seed"] = str(picture.seed)
             return with_headers(response, [result], asked.warnings)
 
-        return await answered(request, answer, openai.encode_error)
+        return await answered(request, draw, openai.encode_error)
 
 
 _IMAGINE: dict[str, Any] = {
@@ -37,5 +44,6 @@ _IMAGINE: dict[str, Any] = {
             for name, schema in ImageRequest.model_json_schema()["properties"].items()
         ),
     ],
-    "responses": ERRORS | {"200": {"description": "The picture", "content": {m: {} for m in MEDIA_TYPES.values()}}},
+    "responses": answer("The picture", dict.fromkeys(MEDIA_TYPES.values(), BINARY))
+    | errors(openai.ERROR_SCHEMA, *PICTURE_ERRORS),
 }

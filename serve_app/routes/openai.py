@@ -13,15 +13,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from serve_app import sse
 from serve_app.protocols import openai
 from serve_app.routes.answers import (
-    ERRORS,
     answered,
     as_service_error,
-    json_error,
     json_response,
     read_body,
     with_headers,
     with_warnings,
 )
+from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body
 from serve_app.schema import Accepted
 from serve_app.service import ImageService
 
@@ -33,7 +32,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
 
     @app.post("/v1/images/generations", tags=["OpenAI"], summary="Draw pictures", openapi_extra=_GENERATIONS)
     async def generations(request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             asked = openai.decode(await read_body(request, limits.max_body_bytes), names)
             if asked.stream:
                 return await _streamed(service, asked, request_id)
@@ -41,18 +40,18 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             body = await json_response(lambda: openai.encode(result, asked.response_format, asked.warnings))
             return with_headers(body, [result], asked.warnings)
 
-        return await answered(request, answer, openai.encode_error)
+        return await answered(request, draw, openai.encode_error)
 
-    @app.get("/v1/models", tags=["OpenAI"], summary="List the models")
+    @app.get("/v1/models", tags=["OpenAI"], summary="List the models", openapi_extra=_MODELS)
     async def models() -> dict[str, Any]:
         return openai.encode_models(names, started)
 
-    @app.get("/v1/models/{name}", tags=["OpenAI"], summary="One model", openapi_extra={"responses": _NO_SUCH_MODEL})
+    @app.get("/v1/models/{name}", tags=["OpenAI"], summary="One model", openapi_extra=_MODEL)
     async def model(name: str, request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             return JSONResponse(openai.encode_model(name, names, started))
 
-        return await answered(request, answer, openai.encode_error)
+        return await answered(request, draw, openai.encode_error)
 
 
 async def _streamed(service: ImageService, asked: openai.Decoded, request_id: str) -> Response:
@@ -76,18 +75,17 @@ async def _streamed(service: ImageService, asked: openai.Decoded, request_id: st
     return with_warnings(response, [*asked.warnings, *accepted.warnings])
 
 
-_NO_SUCH_MODEL = {"404": json_error("No such model")}
 _GENERATIONS: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": openai.generations_schema()}}},
-    "responses": ERRORS
-    | _NO_SUCH_MODEL
-    | {
-        "200": {
-            "description": "The pictures; with `stream` server-sent events, each picture's as soon as it is finished",
-            "content": {
-                "application/json": {"schema": {"type": "object"}},
-                "text/event-stream": {"schema": {"type": "string"}},
-            },
-        }
-    },
+    "requestBody": json_body(openai.generations_schema()),
+    "responses": answer(
+        "The pictures; with `stream` server-sent events",
+        {"application/json": openai.IMAGES_SCHEMA, "text/event-stream": openai.STREAM_SCHEMA},
+    )
+    | errors(openai.ERROR_SCHEMA, *PICTURE_ERRORS, 404),
+}
+_MODELS: dict[str, Any] = {
+    "responses": answer("The names this service answers to", {"application/json": openai.MODELS_SCHEMA})
+}
+_MODEL: dict[str, Any] = {
+    "responses": answer("The model", {"application/json": openai.MODEL_SCHEMA}) | errors(openai.ERROR_SCHEMA, 404)
 }

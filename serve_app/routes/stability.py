@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from serve_app.protocols import stability
-from serve_app.routes.answers import ERRORS, answered, json_error, json_response, read_body, with_headers
+from serve_app.routes.answers import answered, json_response, read_body, with_headers
+from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body
 from serve_app.service import ImageService
 
 ENVELOPES = {"/v1/generation": stability.encode_error, "/v1/engines": stability.encode_error}
@@ -25,7 +26,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
         openapi_extra=_TEXT_TO_IMAGE,
     )
     async def text_to_image(engine: str, request: Request) -> Response:
-        async def answer(request_id: str) -> Response:
+        async def draw(request_id: str) -> Response:
             body = await read_body(request, limits.max_body_bytes)
             asked = stability.decode(body, engine, request.headers.get("accept"), names)
             result = await service.generate(asked.request, request_id)
@@ -38,22 +39,19 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             return with_headers(response, [result], asked.warnings)
 
         request_id = request.headers.get("x-request-id", "")
-        return await answered(request, answer, functools.partial(stability.encode_error, request_id=request_id))
+        return await answered(request, draw, functools.partial(stability.encode_error, request_id=request_id))
 
-    @app.get("/v1/engines/list", tags=["Stability"], summary="List the engines")
+    @app.get("/v1/engines/list", tags=["Stability"], summary="List the engines", openapi_extra=_ENGINES)
     async def engines() -> list[dict[str, Any]]:
         return stability.encode_engines(names)
 
 
 _TEXT_TO_IMAGE: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": stability.text_to_image_schema()}}},
-    "responses": ERRORS
-    | {
-        "200": {
-            "description": "The pictures; with `Accept: image/png` one as it is, its seed in the header `seed`",
-            "content": {"application/json": {"schema": {"type": "object"}}, "image/png": {}},
-        },
-        "404": json_error("No such engine"),
-        "406": json_error("`Accept` allows neither application/json nor image/png"),
-    },
+    "requestBody": json_body(stability.text_to_image_schema()),
+    "responses": answer(
+        "The pictures; with `Accept: image/png` one as it is, its seed in the header `seed`",
+        {"application/json": stability.ARTIFACTS_SCHEMA, "image/png": BINARY},
+    )
+    | errors(stability.ERROR_SCHEMA, *PICTURE_ERRORS, 404, 406),
 }
+_ENGINES: dict[str, Any] = {"responses": answer("The engines", {"application/json": stability.ENGINES_SCHEMA})}
