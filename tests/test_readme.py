@@ -47,11 +47,13 @@ def test_shell_commands(command: str, graph: Running, tmp_path: Path) -> None:
 
 
 def test_python_snippets(graph: Running) -> None:
-    openai, handle = blocks("python")
-    assert PORT in openai
+    openai, client, handle = blocks("python")
+    assert PORT in openai and PORT in client
     found: dict[str, Any] = {}
     exec(openai.replace(f"http://{PORT}", graph.url or ""), found)
     assert found["picture"].data[0].b64_json
+    exec(client.replace(f"http://{PORT}", graph.url or ""), found)
+    assert found["event"].images[0].seed == 7
     # This process is connected to the graph's Ray already.
     lines = [line for line in handle.splitlines() if "ray.init" not in line]
     exec("\n".join(lines), found)
