@@ -108,7 +108,7 @@ async def test_a_picture_is_drawn_and_its_way_is_shown(graph: Running) -> None:
         assert len(said) == 5 and said[4].startswith("Finished in ")
         assert await parameters(page) == {
             "Seed": "21", "Size": f"128 {TIMES} 128", "Steps": "10", "Guidance": "7.5",
-            "Sampler": "the checkpoint's own", "Base's share": "80%",
+            "Sampler": "native", "Base's share": "80%",
         }  # fmt: skip
         legend = await page.locator("#time-legend li").all_inner_texts()
         assert [line.split()[0] for line in legend] == ["encode", "denoise", "refine", "decode"]

@@ -55,7 +55,7 @@ export function setUp(facts) {
   }
   const own = info.native_scheduler.replace(/(Discrete|Multistep)?Scheduler$/, "");
   fillSelect(at("scheduler"), [
-    ["", `The checkpoint's own (${own})`],
+    ["", `Native (${own})`],
     ...info.schedulers.map((name) => [name, samplerName(name)]),
   ]);
   at("n").max = info.max_images;

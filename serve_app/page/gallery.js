@@ -22,7 +22,7 @@ export class Gallery {
   add(picture, previous) {
     picture.address = URL.createObjectURL(picture.blob);
     const { parameters } = picture;
-    const image = element("img", { src: picture.address, alt: shortened(parameters.prompt), loading: "lazy" });
+    const image = element("img", { src: picture.address, alt: shortened(parameters.prompt) });
     const button = element("button", { type: "button" }, image, element("span", {}, `seed ${parameters.seed}`));
     button.addEventListener("click", () => {
       this.show(picture);
@@ -70,7 +70,7 @@ function described(parameters) {
     ["Size", sizeText(width, height)],
     ["Steps", num_inference_steps],
     ["Guidance", guidance_scale],
-    ["Sampler", scheduler ? samplerName(scheduler) : "the checkpoint's own"],
+    ["Sampler", scheduler ? samplerName(scheduler) : "native"],
     ["Base's share", high_noise_frac < 1 ? `${Math.round(high_noise_frac * 100)}%` : "all"],
   ];
   if (negative_prompt !== undefined) lines.push(["Not to draw", negative_prompt === "" ? "(empty)" : negative_prompt]);
