@@ -14,7 +14,7 @@ export OUTPUT ?= out.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test lint bench clean
+.PHONY: demo serve test lint bench chromium clean
 .DEFAULT_GOAL := demo
 
 # One thread a process: a dozen processes share the cores.
@@ -45,7 +45,19 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/.installed-test
+# The page is tested in a real Chromium. Debian's is installed where that may be done; else the tests say what is missing.
+chromium:
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do \
+	    test -n "$$name" && command -v "$$name" >/dev/null && exit 0; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+	    echo 'no Chromium, and none can be installed here: the tests of the page will fail' >&2; \
+	fi
+
+test: $(VENV)/.installed-test chromium
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-bench

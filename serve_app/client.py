@@ -33,8 +33,10 @@ from serve_app.client_wire import (
     is_stream,
     json_object,
     model_names,
+    service_info,
 )
 from serve_app.errors import ServiceError
+from serve_app.protocols.info import ServiceInfo
 from serve_app.schema import ImageRequest, ImageResult
 
 __all__ = ["AsyncClient", "Client", "ImageEvent", "ServiceUnreachable", "UnexpectedAnswer"]
@@ -97,6 +99,10 @@ class Client:
     def health(self) -> dict[str, Any]:
         """What the service says of itself at `/health`."""
         return json_object(self._get("/health"))
+
+    def info(self) -> ServiceInfo:
+        """What is served, and within which limits."""
+        return service_info(self._get("/v1/sdxl/info"))
 
     def close(self) -> None:
         self._http.close()
@@ -188,6 +194,10 @@ class AsyncClient:
     async def health(self) -> dict[str, Any]:
         """What the service says of itself at `/health`."""
         return json_object(await self._get("/health"))
+
+    async def info(self) -> ServiceInfo:
+        """What is served, and within which limits."""
+        return service_info(await self._get("/v1/sdxl/info"))
 
     async def aclose(self) -> None:
         await self._http.aclose()

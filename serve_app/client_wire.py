@@ -16,9 +16,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from serve_app import __version__
 from serve_app.errors import InvalidRequest, ServiceError
+from serve_app.protocols.info import ServiceInfo
 from serve_app.schema import (
     MAX_PARTIAL_IMAGES,
     GeneratedImage,
@@ -229,6 +231,13 @@ def model_names(response: httpx.Response) -> list[str]:
     try:
         return [str(model["id"]) for model in json_object(response)["data"]]
     except (KeyError, TypeError):
+        raise error_of(response) from None
+
+
+def service_info(response: httpx.Response) -> ServiceInfo:
+    try:
+        return ServiceInfo.model_validate(json_object(response))
+    except ValidationError:
         raise error_of(response) from None
 
 

@@ -151,9 +151,11 @@ async def test_models_and_health(world: World) -> None:
     with Client(world.url) as client:
         assert client.models() == list(world.images.config.model_names)
         assert client.health()["status"] == "ok"
+        assert client.info().native_size_px == world.images.facts.native_size_px
     async with AsyncClient(world.url) as client:
         assert await client.models() == list(world.images.config.model_names)
         assert (await client.health())["images_in_flight"] == 0
+        assert (await client.info()).max_side_px == world.images.config.limits.max_side_px
 
 
 def test_what_the_definition_refuses_is_never_sent() -> None:

@@ -466,7 +466,9 @@ async def test_the_models_are_the_names_the_service_answers_to() -> None:
     [
         ("GET", "/v1/images", 404),
         ("POST", "/v1/images/edits", 404),
-        ("GET", "/nowhere", 404),
+        ("GET", "/nothing", 404),
+        ("POST", "/", 405),
+        ("GET", "/page/nothing.js", 404),
         ("GET", GENERATIONS, 405),
         ("DELETE", "/v1/models", 405),
         ("POST", IMAGINE, 405),
@@ -509,6 +511,7 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/v1/sdxl/info": {"get"},
         "/": {"get"},
         "/health": {"get"},
+        "/": {"get"},
     }
     body = document["paths"][GENERATIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"prompt", "size", "num_inference_steps", "high_noise_frac"} <= set(body["properties"])

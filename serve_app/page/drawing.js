@@ -121,14 +121,15 @@ class Tile {
   #address = null;
   #number;
   #image = element("img", { alt: "", hidden: true });
-  #words = element("p", { className: "words" });
+  #words = element("span");
 
   constructor(index, n, width, height) {
     this.#number = n > 1 ? `Picture ${index + 1}` : "";
+    const words = element("p", { className: "words" }, element("b", {}, this.#number), " ", this.#words);
     const frame = element("div", { className: "frame" }, this.#image);
     frame.style.aspectRatio = `${width} / ${height}`;
     frame.style.maxWidth = `min(100%, ${shownWidth(width)}px, ${Math.round((width / height) * 60)}vh)`;
-    this.root = element("li", {}, frame, this.#words);
+    this.root = element("li", {}, frame, words);
     this.#show();
   }
 
@@ -156,7 +157,7 @@ class Tile {
   }
 
   #show() {
-    this.#words.textContent = this.#number ? `${this.#number}: ${this.words}` : this.words;
+    this.#words.textContent = this.words;
   }
 
   get words() {

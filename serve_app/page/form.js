@@ -55,7 +55,7 @@ export function setUp(facts) {
   }
   const own = info.native_scheduler.replace(/(Discrete|Multistep)?Scheduler$/, "");
   fillSelect(at("scheduler"), [
-    ["", `The checkpoint's own (${own})`],
+    ["", `Native (${own})`],
     ...info.schedulers.map((name) => [name, samplerName(name)]),
   ]);
   at("n").max = info.max_images;
@@ -128,14 +128,14 @@ export function setPrompt(prompt) {
 export function read() {
   const fields = readOther();
   const set = (name, value) => {
-    if (name in fields) throw new Fault(`${name} has a field of its own above`, { param: "other" });
+    if (name in fields) throw new Fault(`${name} has a field of its own above.`, { param: "other" });
     fields[name] = value;
   };
   set("prompt", at("prompt").value);
   if (at("negative_prompt").value !== "") set("negative_prompt", at("negative_prompt").value);
   const seed = at("seed").value.trim();
   if (seed !== "") {
-    if (!/^\d+$/.test(seed)) throw new Fault("is no whole number", { param: "seed" });
+    if (!/^\d+$/.test(seed)) throw new Fault("A seed is a whole number of 0 or more.", { param: "seed" });
     set("seed", BigInt(seed).toString());
   }
   for (const name of ["width", "height", ...NUMBERS]) {
@@ -155,19 +155,19 @@ function readOther() {
   try {
     fields = parseJson(text);
   } catch (error) {
-    throw new Fault(`is not JSON: ${error.message}`, { param: "other" });
+    throw new Fault(`This is not JSON: ${error.message}`, { param: "other" });
   }
   if (fields === null || typeof fields !== "object" || Array.isArray(fields)) {
-    throw new Fault('is no JSON object, such as {"clip_skip": 1}', { param: "other" });
+    throw new Fault('This is no JSON object, such as {"clip_skip": 1}.', { param: "other" });
   }
   const ours = SENT_ANYHOW.find((name) => name in fields);
-  if (ours) throw new Fault(`${ours} is the page's own`, { param: "other" });
+  if (ours) throw new Fault(`The page sends ${ours} itself.`, { param: "other" });
   return fields;
 }
 
 function number(name) {
   const input = at(name);
-  if (input.validity.badInput) throw new Fault("is no number", { param: name });
+  if (input.validity.badInput) throw new Fault("This is no number.", { param: name });
   return input.value === "" ? null : input.valueAsNumber;
 }
 

@@ -18,18 +18,20 @@ export class Gallery {
     return this.#shown;
   }
 
-  /** @param {Picture} picture */
-  add(picture) {
+  /** Puts a picture first, or after another of its drawing. */
+  add(picture, previous) {
     picture.address = URL.createObjectURL(picture.blob);
     const { parameters } = picture;
-    const image = element("img", { src: picture.address, alt: shortened(parameters.prompt), loading: "lazy" });
+    const image = element("img", { src: picture.address, alt: shortened(parameters.prompt) });
     const button = element("button", { type: "button" }, image, element("span", {}, `seed ${parameters.seed}`));
     button.addEventListener("click", () => {
       this.show(picture);
       at("picture").scrollIntoView({ block: "nearest" });
     });
     picture.thumb = button;
-    at("thumbs").prepend(element("li", {}, button));
+    const item = element("li", {}, button);
+    if (previous) previous.thumb.parentElement.after(item);
+    else at("thumbs").prepend(item);
     at("gallery").hidden = false;
     at("empty").hidden = true;
   }
@@ -68,7 +70,7 @@ function described(parameters) {
     ["Size", sizeText(width, height)],
     ["Steps", num_inference_steps],
     ["Guidance", guidance_scale],
-    ["Sampler", scheduler ? samplerName(scheduler) : "the checkpoint's own"],
+    ["Sampler", scheduler ? samplerName(scheduler) : "native"],
     ["Base's share", high_noise_frac < 1 ? `${Math.round(high_noise_frac * 100)}%` : "all"],
   ];
   if (negative_prompt !== undefined) lines.push(["Not to draw", negative_prompt === "" ? "(empty)" : negative_prompt]);
@@ -78,11 +80,12 @@ function described(parameters) {
 function showTimes(timings) {
   at("times").hidden = timings.length === 0;
   const taken = timings.filter(({ seconds }) => seconds > 0);
-  at("total-time").textContent = secondsText(taken.reduce((sum, { seconds }) => sum + seconds, 0));
+  const total = taken.reduce((sum, { seconds }) => sum + seconds, 0);
+  at("total-time").textContent = secondsText(total);
   at("time-bar").replaceChildren(
     ...taken.map(({ stage, seconds }) => {
       const segment = element("span", { className: "segment" }, element("span", { className: stage }));
-      segment.style.flexGrow = seconds;
+      segment.style.flexGrow = (seconds / total) * 100;
       return segment;
     }),
   );

@@ -55,9 +55,9 @@ async function start() {
     });
     gallery.hide();
     at("empty").hidden = true;
-    if (at("drawing").getBoundingClientRect().top > window.innerHeight * 0.6) at("drawing").scrollIntoView();
     for await (const event of draw(fields, abort.signal)) {
       drawing.take(event);
+      if (event.type === "accepted") bringIntoView(at("drawing"));
       if (event.type === "image_generation.completed") keep(event, fields, pictures);
     }
     const what = pictures.length === 1 ? "Finished" : `${pictures.length} pictures finished`;
@@ -86,8 +86,13 @@ function keep(event, fields, pictures) {
     timings: [],
   };
   pictures[event.image_index] = picture;
-  gallery.add(picture);
+  gallery.add(picture, pictures.slice(0, event.image_index).findLast(Boolean));
   if ("timings" in event) pictures.forEach((each) => Object.assign(each, { warnings: event.warnings, timings: event.timings }));
+}
+
+/** On a phone what is drawn stands below the form. */
+function bringIntoView(section) {
+  if (section.getBoundingClientRect().top > window.innerHeight * 0.6) section.scrollIntoView();
 }
 
 function cancel() {

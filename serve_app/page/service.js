@@ -42,7 +42,7 @@ export async function* draw(fields, signal) {
     if (!line.startsWith("data:")) continue; // a comment, a blank line, or a name that stands in the data too
     const event = parseJson(line.slice("data:".length));
     if (event.error) throw envelopeFault(event.error, event.error.type === "invalid_request_error" ? null : UNSAID_WAIT_S);
-    finished = "timings" in event;
+    finished ||= "timings" in event;
     yield event;
   }
   if (!finished) throw new Fault("The connection ended before the drawing was finished.", { retryAfterS: 0 });
