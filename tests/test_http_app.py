@@ -511,7 +511,6 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/v1/sdxl/info": {"get"},
         "/": {"get"},
         "/health": {"get"},
-        "/": {"get"},
     }
     body = document["paths"][GENERATIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"prompt", "size", "num_inference_steps", "high_noise_frac"} <= set(body["properties"])
