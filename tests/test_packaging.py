@@ -18,6 +18,7 @@ def test_the_wheel_holds_configurations_and_checkpoints(tmp_path: Path) -> None:
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"serve_app/configs/{config.name}" in names
     demo = ROOT / "serve_app" / "demo"
-    for path in [*demo.glob("base/**/*"), *demo.glob("refiner/**/*"), *ROOT.glob("serve_app/**/*.py")]:
+    profiles = ROOT.glob("serve_app/planning/profiles/*.json")
+    for path in [*demo.glob("base/**/*"), *demo.glob("refiner/**/*"), *ROOT.glob("serve_app/**/*.py"), *profiles]:
         if path.is_file():
             assert str(path.relative_to(ROOT)) in names
