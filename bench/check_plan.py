@@ -1,7 +1,7 @@
 """Holds `sdxl-serve plan`'s simulation against the real service: `python -m bench.check_plan`, on a quiet machine.
 
 It starts the graph of a configuration, sends it the very requests that are simulated, at the same times, and compares
-the latencies: a closed loop first, then a Poisson load at a share of what the simulation says the service can do.
+the latencies: a closed loop first, then a Poisson load at a share of the throughput that the closed loop had.
 Ends with 1 where a mean or a 95th percentile is further off than the tolerance.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,9 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ray import serve
 from tqdm import tqdm
 
 from serve_app.cli import DEMO_CONFIG
+from serve_app.graph import APP_NAME
 from serve_app.local import running
 from serve_app.planning.plan import alone_s
 from serve_app.planning.profile import Profile, read_profile
@@ -40,6 +43,7 @@ class Comparison:
     load: str
     simulated: dict[str, float]
     real: dict[str, float]
+    passes: dict[str, dict[str, float]]  # by stage: of the denoisers' passes, simulated and real
 
     def off(self, figure: str) -> float:
         return self.simulated[figure] / self.real[figure] - 1
@@ -66,14 +70,20 @@ def main() -> int:
 
         asks = closed_loop(mix, options.requests, seed=1)
         run = simulate(profile, replicas, asks, concurrency=options.concurrency, warmup=_WARM_UP)
+        counted = asyncio.run(_stats(config))
+        started = time.perf_counter()
         real = asyncio.run(_closed_loop(draw, asks, options.concurrency))
-        comparisons.append(_compare(f"closed loop of {options.concurrency}", run, real))
+        throughput = len(asks) / (time.perf_counter() - started)
+        passes = _passes(run, counted, asyncio.run(_stats(config)))
+        comparisons.append(_compare(f"closed loop of {options.concurrency}", run, real, passes))
 
-        rate = options.load * run.throughput
+        rate = options.load * throughput
         asks = poisson(mix, rate, options.requests, seed=2)
         run = simulate(profile, replicas, asks, warmup=_WARM_UP)
+        counted = asyncio.run(_stats(config))
         real = asyncio.run(_open_loop(draw, asks))
-        comparisons.append(_compare(f"Poisson, {rate:.2f} requests/s", run, real))
+        passes = _passes(run, counted, asyncio.run(_stats(config)))
+        comparisons.append(_compare(f"Poisson, {rate:.2f} requests/s", run, real, passes))
     worst = _print(comparisons)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
@@ -90,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels (default 128)")
     parser.add_argument("--requests", type=int, default=120, help="of each load (default 120)")
     parser.add_argument("--concurrency", type=int, default=16, help="of the closed loop (default 16)")
-    parser.add_argument("--load", type=float, default=0.7, help="of the Poisson load, of capacity (default 0.7)")
+    parser.add_argument(
+        "--load", type=float, default=0.6, help="the Poisson load, of the closed loop's throughput (0.6)"
+    )
     parser.add_argument("--fit-hop", action="store_true", help="take the way between deployments as measured now")
     parser.add_argument("--tolerance", type=float, default=0.2, help="(default 0.2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -162,10 +174,39 @@ async def _timed(draw: Draw, number: int, ask: Ask, bar: Any) -> float:
     return time.perf_counter() - started
 
 
-def _compare(load: str, run: Run, real: list[float]) -> Comparison:
+async def _stats(config: ServeConfig) -> dict[str, dict[str, float]]:
+    """The denoisers' counters, and the processor seconds of their processes. Of one replica each, on this machine."""
+    found = {}
+    for stage in ("denoise", "refine") if config.app.refiner else ("denoise",):
+        stats = await serve.get_deployment_handle(_STAGES[stage], APP_NAME).stats.remote()
+        times = Path(f"/proc/{stats['pid']}/stat").read_text().rpartition(")")[2].split()[11:13]
+        found[stage] = stats | {"cpu_s": sum(int(ticks) for ticks in times) / os.sysconf("SC_CLK_TCK")}
+    return found
+
+
+def _passes(
+    run: Run, before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for stage, last in after.items():
+        counts = run.counts[stage]
+        real = {name: last[name] - before[stage][name] for name in ("passes", "rows", "busy_s", "forward_s", "cpu_s")}
+        found[stage] = {
+            "simulated rows": counts.rows / counts.passes,
+            "real rows": real["rows"] / real["passes"],
+            "simulated s": counts.busy_s / counts.passes,
+            "simulated work s": counts.work_s / counts.passes,
+            "real s": real["busy_s"] / real["passes"],
+            "real forward s": real["forward_s"] / real["passes"],
+            "real processor s": real["cpu_s"] / real["passes"],
+        }
+    return found
+
+
+def _compare(load: str, run: Run, real: list[float], passes: dict[str, dict[str, float]]) -> Comparison:
     simulated = [record.latency_s for record in run.records]
     first = len(real) - len(run.counted)
-    return Comparison(load, _figures(simulated[first:]), _figures(real[first:]))
+    return Comparison(load, _figures(simulated[first:]), _figures(real[first:]), passes)
 
 
 def _figures(latencies: Sequence[float]) -> dict[str, float]:
@@ -184,6 +225,11 @@ def _print(comparisons: Sequence[Comparison]) -> float:
                 f"{comparison.load:28} {figure:8} {comparison.simulated[figure]:12.3f} "
                 f"{comparison.real[figure]:8.3f} {comparison.off(figure):+6.0%}"
             )
+    for comparison in comparisons:
+        print(f"\n{comparison.load}: a pass, on average")
+        for stage, figures in comparison.passes.items():
+            print(f"  {stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    print()
     return max(abs(comparison.off(figure)) for comparison in comparisons for figure in ("mean", "p95"))
 
 
