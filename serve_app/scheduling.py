@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline"]
+PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline", "least_slack"]
 
 # A pass's expected time follows the measured ones by this share of each difference.
 _SMOOTHING = 0.1
@@ -76,38 +76,71 @@ class Batch:
     waiting: tuple[Job, ...] = ()
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands: what a policy orders it by.
+
+    Attributes:
+        steps_left: in this stage.
+        arrived: when it came, in seconds of the scheduler's clock.
+        step_s: how long a step takes at present where a job is in every pass of its lane.
+    """
+
+    job: Job
+    steps_left: int
+    arrived: float
+    step_s: float
+
+
 class Policy(Protocol):
     """The order of equally urgent jobs within a lane; what came first breaks ties."""
 
-    def order(self, job: Job, steps_left: int) -> float:
+    def order(self, standing: Standing) -> float:
         """Smaller goes first."""
 
 
 class FirstCome:
     """In order of arrival: the oldest keep their place until they are done."""
 
-    def order(self, job: Job, steps_left: int) -> float:
+    def order(self, standing: Standing) -> float:
         return 0.0
 
 
 class ShortestRemaining:
     """The fewest steps left first: the shortest mean time (Schrage 1968), at the expense of long jobs."""
 
-    def order(self, job: Job, steps_left: int) -> float:
-        return float(steps_left)
+    def order(self, standing: Standing) -> float:
+        return float(standing.steps_left)
 
 
 class EarliestDeadline:
     """The earliest deadline first; jobs without one come last."""
 
-    def order(self, job: Job, steps_left: int) -> float:
-        return math.inf if job.deadline is None else job.deadline
+    def order(self, standing: Standing) -> float:
+        return math.inf if standing.job.deadline is None else standing.job.deadline
+
+
+class LeastSlack:
+    """What must start soonest to be done in time goes first (least laxity, Mok 1983).
+
+    A job without a deadline is wanted `target_s` after it came. Where none has one, all take about equally long,
+    however many steps they have: the shortest of longest times, at the expense of short jobs.
+    """
+
+    def __init__(self, target_s: float = 60.0) -> None:
+        self.target_s = target_s
+
+    def order(self, standing: Standing) -> float:
+        job = standing.job
+        deadline = standing.arrived + self.target_s if job.deadline is None else job.deadline
+        return deadline - (standing.steps_left + job.steps_after) * standing.step_s
 
 
 POLICIES: dict[PolicyName, Callable[[], Policy]] = {
     "first_come": FirstCome,
     "shortest_remaining": ShortestRemaining,
     "earliest_deadline": EarliestDeadline,
+    "least_slack": LeastSlack,
 }
 
 
@@ -117,6 +150,7 @@ class _Waiting:
 
     job: Job
     arrival: int
+    arrived: float
     steps_left: int
     overtaken: int = 0
 
@@ -161,7 +195,7 @@ class StepScheduler:
         if job.rows < 1 or not self.budget.holds(job.rows, job.pixels):
             raise ValueError(f"job {job.id} takes {job.rows} rows and {job.pixels} pixels, a pass holds {self.budget}")
         self._keys[job.id] = job.key
-        self._lanes.setdefault(job.key, _Lane()).jobs[job.id] = _Waiting(job, self._arrivals, job.steps)
+        self._lanes.setdefault(job.key, _Lane()).jobs[job.id] = _Waiting(job, self._arrivals, self._clock(), job.steps)
         self._arrivals += 1
 
     def remove(self, job_id: str) -> None:
@@ -199,8 +233,8 @@ class StepScheduler:
         def rank(waiting: _Waiting) -> tuple[float, ...]:
             if waiting.overtaken >= self.patience:
                 return (0, waiting.arrival)  # nobody who came later goes before it any more
-            order = self._policy.order(waiting.job, waiting.steps_left)
-            return (1, *self._urgency(waiting, now), order, waiting.arrival)
+            standing = Standing(waiting.job, waiting.steps_left, waiting.arrived, self._step_s)
+            return (1, *self._urgency(waiting, now), self._policy.order(standing), waiting.arrival)
 
         return sorted(lane.jobs.values(), key=rank)
 
@@ -210,8 +244,13 @@ class StepScheduler:
         if job.deadline is None:
             return (-job.priority, False)
         # Even in every pass that its lane gets, it needs this long.
-        needed = (waiting.steps_left + job.steps_after) * self._pass_s * len(self._lanes)
+        needed = (waiting.steps_left + job.steps_after) * self._step_s
         return (-job.priority, now + needed > job.deadline)
+
+    @property
+    def _step_s(self) -> float:
+        """Lanes take turns: a lane's next pass begins when all have had theirs."""
+        return self._pass_s * len(self._lanes)
 
     def _fill(self, ordered: list[_Waiting]) -> Batch:
         chosen: list[Job] = []

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from serve_app.scheduling import POLICIES, Batch, Budget, EarliestDeadline, Job, PolicyName, StepScheduler
+from serve_app.scheduling import (
+    POLICIES,
+    Batch,
+    Budget,
+    EarliestDeadline,
+    FirstCome,
+    Job,
+    LeastSlack,
+    Policy,
+    PolicyName,
+    StepScheduler,
+)
 from serve_app.scheduling import ShortestRemaining as Shortest
 
 
@@ -219,6 +232,59 @@ def test_the_earliest_deadline_goes_first_and_none_last() -> None:
     jobs = [Job("none", "k"), Job("late", "k", deadline=900.0), Job("soon", "k", deadline=500.0)]
     scheduler = StepScheduler(Budget(1), EarliestDeadline(), clock=lambda: 0.0)
     assert run_to_the_end(scheduler, jobs) == ["soon", "late", "none"]
+
+
+def test_least_slack_starts_first_what_takes_longest() -> None:
+    now = 0.0
+    scheduler = StepScheduler(Budget(1), LeastSlack(target_s=60.0), patience=1000, clock=lambda: now)
+    scheduler.observe(1.0)
+    scheduler.add(Job("short", "k", steps=3))
+    now = 5.0
+    scheduler.add(Job("long", "k", steps=10))  # must start at 55, the short one at 57
+    scheduler.add(Job("refined", "k", steps=4, steps_after=7))  # at 54
+    scheduler.add(Job("wanted soon", "k", steps=2, deadline=40.0))  # at 38
+    order = []
+    while batch := scheduler.next_batch():
+        (job,) = batch.jobs
+        order.append(job.id)
+        if order.count(job.id) == job.steps:
+            scheduler.remove(job.id)
+    assert order[:4] == ["wanted soon", "wanted soon", "refined", "long"]
+
+
+def test_with_least_slack_equal_clients_wait_equally_long() -> None:
+    """A closed loop of mixed step counts: the longest time is nearer to the mean than in order of arrival."""
+
+    def times(policy: Policy) -> list[float]:
+        now, dice = 0.0, random.Random(1)
+        scheduler = StepScheduler(Budget(4), policy, patience=1000, clock=lambda: now)
+        born: dict[str, float] = {}
+        left: dict[str, int] = {}
+        took: list[float] = []
+
+        def come() -> None:
+            name = str(len(born))
+            born[name], left[name] = now, dice.randint(10, 50)
+            scheduler.add(Job(name, "k", steps=left[name]))
+
+        for _ in range(8):
+            come()
+        while len(took) < 400:
+            batch = scheduler.next_batch()
+            assert batch is not None
+            now += 1.0
+            scheduler.observe(1.0)
+            for job in batch.jobs:
+                left[job.id] -= 1
+                if left[job.id] == 0:
+                    scheduler.remove(job.id)
+                    took.append(now - born[job.id])
+                    come()
+        return sorted(took)
+
+    first_come, least_slack = times(FirstCome()), times(LeastSlack())
+    assert abs(sum(least_slack) / sum(first_come) - 1) < 0.02, "the work is the same"
+    assert least_slack[380] < 0.9 * first_come[380]
 
 
 def test_priority_goes_before_the_policy_and_across_lanes() -> None:
