@@ -9,7 +9,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,7 @@ class ImageService:
 
     async def stream(
         self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Draws one request and yields its events on the way; the result comes last.
 
         `partial_images`: previews of each image, 0 to 3. Without `progress` and previews the denoisers report nothing.

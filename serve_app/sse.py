@@ -37,3 +37,5 @@ async def keep_alive(events: AsyncIterator[bytes], silence_s: float = _KEEP_ALIV
     finally:
         coming.cancel()  # and with it whatever draws the next event
         await asyncio.wait([coming])
+        if (close := getattr(iterator, "aclose", None)) is not None:
+            await close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -63,10 +64,11 @@ async def _streamed(service: ImageService, asked: openai.Decoded, request_id: st
 
     async def body() -> AsyncIterator[bytes]:
         try:
-            async for event in events:
-                data = await asyncio.to_thread(encoder.encode, event)
-                if data is not None:
-                    yield sse.encode_event(data["type"], data)
+            async with aclosing(events):  # its slots are free when this ends, however it ends
+                async for event in events:
+                    data = await asyncio.to_thread(encoder.encode, event)
+                    if data is not None:
+                        yield sse.encode_event(data["type"], data)
         except Exception as error:
             fault = as_service_error(error, request_id)
             yield sse.encode_event("error", openai.encode_error(fault))
