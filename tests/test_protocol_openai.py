@@ -78,6 +78,12 @@ def test_size_may_agree_with_width_and_height_and_not_contradict_them() -> None:
         ({"style": "vivid"}, "style has no effect on SDXL"),
         ({"moderation": "low"}, "moderation has no effect on SDXL"),
         ({"user": "me"}, "user has no effect on SDXL"),
+        ({"quality": "max"}, "quality has no effect on SDXL"),
+        ({"safety_identifier": "me"}, "safety_identifier has no effect on SDXL"),
+        ({"complexity": "high"}, "complexity has no effect on SDXL"),
+        ({"svg": {"width": 5}}, "svg has no effect on SDXL"),
+        ({"frame_count": 2}, "frame_count has no effect on SDXL"),
+        ({"frame_duration_ms": 40}, "frame_duration_ms has no effect on SDXL"),
         ({"partial_images": 2}, "partial_images has no effect without stream"),
         ({"progress": True, "stream": False}, "progress has no effect without stream"),
         (

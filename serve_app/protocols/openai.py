@@ -39,7 +39,7 @@ class OpenAIFields(BaseModel):
         None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the checkpoint's own size.", examples=["auto"]
     )
     response_format: ResponseFormat | None = Field(None, description="b64_json (default), or url for a data: address.")
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="No effect (warns): SDXL has num_inference_steps."
     )
     style: Literal["vivid", "natural"] | None = Field(None, description="No effect (warns).")
@@ -59,6 +59,11 @@ class OpenAIFields(BaseModel):
         "queue; acts with stream only.",
     )
     user: str | None = Field(None, description="No effect (warns).")
+    safety_identifier: str | None = Field(None, description="No effect (warns).")
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description="No effect (warns): of svg.")
+    svg: dict[str, Any] | None = Field(None, description="No effect (warns): SDXL draws pixels.")
+    frame_count: int | None = Field(None, ge=1, description="No effect (warns): SDXL draws one still picture.")
+    frame_duration_ms: int | None = Field(None, ge=1, description="No effect (warns): of moving pictures.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def decode(body: bytes, model_names: tuple[str, ...]) -> Decoded:
     _apply_size(own.size, request_fields)
     if "prompt" not in request_fields:
         raise InvalidRequest("prompt: field required", param="prompt")
-    for name in ("quality", "style", "moderation", "user"):
+    for name in _IDLE:
         if getattr(own, name) not in (None, "auto"):
             warnings.append(f"{name} has no effect on SDXL")
     if own.stream:
@@ -214,6 +219,11 @@ def generations_schema() -> dict[str, Any]:
     }
 
 
+# Fields that no value but "auto" of which would be right.
+_IDLE = (
+    "quality", "style", "moderation", "user", "safety_identifier", "complexity", "svg", "frame_count",
+    "frame_duration_ms",
+)  # fmt: skip
 _KNOWN = {*OpenAIFields.model_fields, *ImageRequest.model_fields}
 
 
