@@ -14,6 +14,8 @@ from schemathesis import Case
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    missing_required_header,
+    negative_data_rejection,
     response_headers_conformance,
     response_schema_conformance,
     status_code_conformance,
@@ -24,10 +26,14 @@ from serve_app.http_app import build_http_app
 from tests.fakes import FakeStages, service
 
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", build_http_app(service(FakeStages())))
+# All of Schemathesis's checks for one request but positive_data_acceptance: a service has limits that no schema can say
+# (pixels, what the checkpoint allows), and refuses what lies beyond them.
 CHECKS = (
     not_a_server_error,
     status_code_conformance,
     content_type_conformance,
+    missing_required_header,
+    negative_data_rejection,
     response_headers_conformance,
     response_schema_conformance,
     unsupported_method,

@@ -105,7 +105,7 @@ def text_to_image_schema() -> dict[str, Any]:
     one = {"type": "integer", "minimum": 1, "maximum": 1, "default": 1}
     for name in ("n", "num_images_per_prompt"):
         parameters[name] = one | {"description": PARAMETERS[name]}
-    options = {name: {"type": "boolean", "description": note} for name, note in OPTIONS.items()}
+    options = {name: {"description": note} for name, note in OPTIONS.items()}
     return {
         "type": "object",
         "required": ["inputs"],

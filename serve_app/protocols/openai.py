@@ -324,7 +324,6 @@ IMAGES_SCHEMA: dict[str, Any] = {
     },
 }  # fmt: skip
 STREAM_SCHEMA: dict[str, Any] = {
-    "type": "string",
     "description": "With `stream`: server-sent events, each a JSON object whose `type` is the event's name. "
     "`image_generation.partial_image` (`partial_images` of them a picture), `image_generation.completed` (one a "
     "picture, as soon as it is finished; the last one holds `usage`, `warnings` and `timings`), with `progress` "

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from serve_app.pipeline import LatentPreview
 from serve_app.protocols import automatic1111, automatic1111_status
 from serve_app.routes.answers import answered, json_response, read_body, with_headers
-from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body
+from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.schema import GeneratedImage, ImageReady, ImageRequest, ImageResult
 from serve_app.service import Event, ImageService
 
@@ -139,7 +139,7 @@ def _add_constant(app: FastAPI, path: str, content: Any) -> None:
 
 
 _TXT2IMG: dict[str, Any] = {
-    "requestBody": json_body(automatic1111.txt2img_schema()),
+    "requestBody": json_body(or_null(automatic1111.txt2img_schema())),
     "responses": answer("The pictures", {"application/json": automatic1111_status.PICTURES_SCHEMA})
     | errors(automatic1111_status.ERROR_SCHEMA, *PICTURE_ERRORS, 404),
 }

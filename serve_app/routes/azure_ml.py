@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from serve_app.protocols import azure_ml, azure_swagger
 from serve_app.routes.answers import answered, json_response, read_body, with_headers
-from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body
+from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.schema import ImageRequest
 from serve_app.service import ImageService
 
@@ -45,26 +45,27 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
 
 
 _FIELDS = ImageRequest.model_json_schema()["properties"]
-_PARAMETERS = {
-    "type": "object",
-    "properties": {name: _FIELDS[field] for name, field in azure_ml.parameter_names().items()},
-}
-_INPUT: dict[str, Any] = {
-    "type": "object",
-    "required": ["input_data"],
-    "properties": {
-        "input_data": {
-            "anyOf": [
-                {"type": "object", "properties": {"parameters": _PARAMETERS}},
-                {"type": "array", "items": {"type": "object", "required": ["prompt"]}},
-            ],
-            "description": "Columns and data, a list a column, or a list of rows.",
+_PARAMETERS = or_null(
+    {"type": "object", "properties": {name: _FIELDS[field] for name, field in azure_ml.parameter_names().items()}}
+)
+_INPUT: dict[str, Any] = or_null(
+    {
+        "type": "object",
+        "required": ["input_data"],
+        "properties": {
+            "input_data": {
+                "anyOf": [
+                    {"type": "object", "properties": {"parameters": _PARAMETERS}},
+                    {"type": "array", "items": {"type": "object", "required": ["prompt"]}},
+                ],
+                "description": "Columns and data, a list a column, or a list of rows.",
+            },
+            "parameters": _PARAMETERS,
+            "params": _PARAMETERS,
         },
-        "parameters": _PARAMETERS,
-        "params": _PARAMETERS,
-    },
-    "example": azure_swagger.EXAMPLE,
-}
+        "example": azure_swagger.EXAMPLE,
+    }
+)
 _ROWS: dict[str, Any] = {
     "type": "array",
     "items": {

@@ -34,6 +34,15 @@ def json_body(schema: Schema) -> dict[str, Any]:
     return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
+def or_null(schema: Schema) -> Schema:
+    """An object whose fields may be null, which means absent; those that it requires may not."""
+    properties = {
+        name: field if name in schema.get("required", ()) else {"anyOf": [field, {"type": "null"}]}
+        for name, field in schema["properties"].items()
+    }
+    return schema | {"properties": properties}
+
+
 def answer(description: str, content: dict[str, Schema]) -> dict[str, Any]:
     """A picture's answer: its media types and their schemas."""
     return {

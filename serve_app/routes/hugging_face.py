@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from serve_app.images import MEDIA_TYPES
 from serve_app.protocols import hugging_face
 from serve_app.routes.answers import answered, read_body, with_headers
-from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body
+from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.service import ImageService
 
 ENVELOPES = {"/hugging-face": hugging_face.encode_error}
@@ -39,8 +39,11 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
         return await answered(request, draw, hugging_face.encode_error)
 
 
+_SCHEMA = hugging_face.text_to_image_schema()
+_SCHEMA["properties"]["parameters"] = or_null(_SCHEMA["properties"]["parameters"])
+_SCHEMA = or_null(_SCHEMA)
 _TEXT_TO_IMAGE: dict[str, Any] = {
-    "requestBody": json_body(hugging_face.text_to_image_schema()),
+    "requestBody": json_body(_SCHEMA),
     "responses": answer("The picture", dict.fromkeys(MEDIA_TYPES.values(), BINARY))
     | errors(hugging_face.ERROR_SCHEMA, *PICTURE_ERRORS, 406),
 }

@@ -21,7 +21,7 @@ from serve_app.routes.answers import (
     with_headers,
     with_warnings,
 )
-from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body
+from serve_app.routes.documents import PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.schema import Accepted
 from serve_app.service import ImageService
 
@@ -78,7 +78,7 @@ async def _streamed(service: ImageService, asked: openai.Decoded, request_id: st
 
 
 _GENERATIONS: dict[str, Any] = {
-    "requestBody": json_body(openai.generations_schema()),
+    "requestBody": json_body(or_null(openai.generations_schema())),
     "responses": answer(
         "The pictures; with `stream` server-sent events",
         {"application/json": openai.IMAGES_SCHEMA, "text/event-stream": openai.STREAM_SCHEMA},

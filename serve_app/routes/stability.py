@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 
 from serve_app.protocols import stability
 from serve_app.routes.answers import answered, json_response, read_body, with_headers
-from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body
+from serve_app.routes.documents import BINARY, PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.service import ImageService
 
 ENVELOPES = {"/v1/generation": stability.encode_error, "/v1/engines": stability.encode_error}
@@ -47,7 +47,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
 
 
 _TEXT_TO_IMAGE: dict[str, Any] = {
-    "requestBody": json_body(stability.text_to_image_schema()),
+    "requestBody": json_body(or_null(stability.text_to_image_schema())),
     "responses": answer(
         "The pictures; with `Accept: image/png` one as it is, its seed in the header `seed`",
         {"application/json": stability.ARTIFACTS_SCHEMA, "image/png": BINARY},
