@@ -280,8 +280,9 @@ def _retry_after_s(response: httpx.Response) -> float | None:
 
 def _kinds(base: type[ServiceError]) -> Iterator[type[ServiceError]]:
     for kind in base.__subclasses__():
-        yield kind
-        yield from _kinds(kind)
+        if kind.__module__ == base.__module__:  # where Ray is loaded, it makes subclasses of its own
+            yield kind
+            yield from _kinds(kind)
 
 
 _BY_CODE: dict[Any, type[ServiceError]] = {kind.code: kind for kind in _kinds(ServiceError) if kind.code is not None}

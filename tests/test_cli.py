@@ -131,6 +131,8 @@ def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Ref
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
+        # As from a terminal: a shell's background jobs, and so what they start, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -483,3 +485,13 @@ def test_the_clients_have_the_same_methods() -> None:
         return {name for name in vars(kind) if not name.startswith("_")}
 
     assert public(Client) - {"close"} == public(AsyncClient) - {"aclose"}
+
+
+def test_a_fault_is_the_project_s_own_even_where_ray_has_made_a_class_of_it() -> None:
+    script = (
+        "from ray.exceptions import RayTaskError; from serve_app.errors import StageUnavailable; "
+        "kept = RayTaskError('run', 'Traceback', StageUnavailable('lost')).as_instanceof_cause(); "
+        "from serve_app.client_wire import _BY_CODE; print(_BY_CODE['stage_unavailable'] is StageUnavailable)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "True"
