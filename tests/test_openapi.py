@@ -41,7 +41,7 @@ CHECKS = (
 
 
 @SCHEMA.parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_what_fits_the_description_is_answered_as_it_says(case: Case) -> None:
     case.call_and_validate(checks=CHECKS)
 

@@ -307,3 +307,9 @@ def test_unknown_columns_are_said_once_and_few_are_named() -> None:
     warnings = decode({"input_data": table}).warnings
     assert len(warnings) == 21
     assert warnings[-1] == "30 more fields are unknown and were ignored"
+
+
+def test_wrong_parameters_are_refused_without_a_row_too() -> None:
+    body = b'{"input_data": [], "parameters": {"num_inference_steps": "many"}}'
+    with pytest.raises(InvalidRequest, match="num_inference_steps"):
+        azure_ml.decode(body, "application/json", 8)

@@ -59,6 +59,7 @@ def decode(body: bytes, content_type: str | None, max_rows: int) -> Decoded:
                     raise InvalidRequest(f"{place}: {name} is given twice and differs", param=place)
     warnings = unknown_fields(name for name in fields if name not in _TOP_LEVEL)
     common = _request_fields(given, warnings)
+    parse_request({"prompt": "any"} | common)  # wrong parameters are wrong without a row, too
     requests = [parse_request(_row_fields(row, common)) for row in rows]
     columns = dict.fromkeys(name for row in rows for name in row)
     warnings += unknown_fields(name for name in columns if name not in _COLUMNS)
