@@ -75,6 +75,13 @@ LAYERS = {
     "serve_app.demo.models": 1,
     "serve_app.demo.ranks": 1,
     "serve_app.demo.train": 1,
+    "serve_app.demo.training": 1,
+    "serve_app.demo.training.loop": 1,
+    "serve_app.demo.training.autoencoder": 1,
+    "serve_app.demo.training.pictures": 1,
+    "serve_app.demo.training.noise": 1,
+    "serve_app.demo.training.base": 1,
+    "serve_app.demo.training.refiner": 1,
     "serve_app.demo.evaluate": 1,
     "serve_app.demo.contact_sheet": 1,
     # asyncio
@@ -113,6 +120,8 @@ LAYERS = {
     "serve_app.local": 4,
     "serve_app.cli": 4,
     "serve_app.planning.measure": 4,
+    "serve_app.planning.live": 4,
+    "serve_app.planning.in_graph": 4,
 }
 
 TENSORS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "scipy"}

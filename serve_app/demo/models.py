@@ -27,7 +27,7 @@ MAX_TOKENS = 77
 LATENT_CHANNELS = 4
 PIXELS_PER_LATENT = 8
 SCALING_FACTOR = 0.13025
-"""As in SDXL. The autoencoder's own last layers are scaled (`train.normalise_latents`) until this is true."""
+"""As in SDXL. `normalise_latents` scales the autoencoder's own last layers until this is true."""
 TIME_EMBED_DIM = 32
 BASE_TIME_IDS = 6  # original size, crop, target size
 REFINER_TIME_IDS = 5  # original size, crop, aesthetic score

@@ -1,0 +1,1 @@
+"""The stages that `serve_app.demo.train` runs."""

@@ -1,0 +1,100 @@
+"""The pictures that a denoiser learns from: drawn, encoded once, kept on disk."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from serve_app.demo import data, models, ranks
+from serve_app.demo.grammar import Scene, sample_scenes
+from serve_app.demo.training.loop import SEED, half_on, record_seconds
+
+ALONE = 0.25
+"""Share of one-object scenes: which of two objects is the first takes longest to learn."""
+
+
+@dataclass
+class Encoded:
+    """One bucket of pictures: latents (N, 4, h, w) scaled to deviation 1, tokens (N, 77), time ids (N, 5 or 6)."""
+
+    latents: Tensor
+    tokens: Tensor
+    time_ids: Tensor
+
+    def batch(self, count: int, rng: random.Random, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        rows = torch.tensor([rng.randrange(len(self.latents)) for _ in range(count)])
+        return (
+            self.latents[rows].float().to(device),
+            self.tokens[rows].to(device),
+            self.time_ids[rows].to(device),
+        )
+
+
+@torch.no_grad()
+def encode_pictures(
+    name: str,
+    count: int,
+    draw: Callable[[Scene, int, int, random.Random], data.Sample],
+    time_ids: Callable[[data.Sample], list[float]],
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    device: torch.device,
+) -> list[Encoded]:
+    """Draw and encode about `count` pictures, once, one at least in each bucket of `data.SIZES_PX`; kept on disk."""
+    path = work / f"{name}.pt"
+    with ranks.first_rank_first():
+        if not path.exists():
+            _encode_pictures(path, name, count, draw, time_ids, vae, tokenizer, work, device)
+        return [Encoded(**bucket) for bucket in torch.load(path, weights_only=True)]
+
+
+@torch.no_grad()
+def _encode_pictures(
+    path: Path,
+    name: str,
+    count: int,
+    draw: Callable[[Scene, int, int, random.Random], data.Sample],
+    time_ids: Callable[[data.Sample], list[float]],
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    device: torch.device,
+) -> None:
+    started = time.monotonic()
+    vae = vae.to(device)
+    buckets = []
+    bar = tqdm(total=count, desc=name, mininterval=10)
+    for (width, height), share in zip(data.SIZES_PX, data.SIZE_SHARES, strict=True):
+        rng = random.Random(f"{SEED} {name} {width}x{height}")
+        scenes = sample_scenes(max(round(count * share), 1), rng.getrandbits(32), held_out=False, alone=ALONE)
+        latents, tokens, ids = [], [], []
+        for start in range(0, len(scenes), 32):
+            samples = [draw(scene, width, height, rng) for scene in scenes[start : start + 32]]
+            pixels = torch.stack([data.to_tensor(sample.picture) for sample in samples]).to(device)
+            with half_on(device):
+                encoded = vae.encode(pixels).latent_dist.mean
+            latents.append((encoded.float() * models.SCALING_FACTOR).half().cpu())
+            tokens.append(tokenize(tokenizer, [sample.text for sample in samples]))
+            ids.append(torch.tensor([time_ids(sample) for sample in samples], dtype=torch.float32))
+            bar.update(len(samples))
+        buckets.append(Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(ids)))
+    bar.close()
+    record_seconds(work, name, time.monotonic() - started)
+    torch.save([vars(bucket) for bucket in buckets], path)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(N, 77) int64."""
+    return tokenizer(
+        texts, padding="max_length", max_length=models.MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
