@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.errors import ConfigurationError
+from serve_app.errors import ConfigurationError, first_fault
 from serve_app.scheduling import POLICIES, Budget, PolicyName, StepScheduler
 from serve_app.schema import MAX_STEPS
 
@@ -66,9 +66,7 @@ class ComputeConfig(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 on GPUs that have it, float16 on others, float32 on the CPU."
     )
-    torch_threads: int | None = Field(
-        None, ge=1, description="CPU threads of a replica; None leaves PyTorch's own choice."
-    )
+    torch_threads: int | None = Field(None, ge=1, description="CPU threads of a replica; absent, PyTorch chooses.")
 
 
 class SchedulingConfig(ComputeConfig):
@@ -90,7 +88,7 @@ class DenoiserConfig(SchedulingConfig):
         16, ge=2, description="Rows of one UNet forward pass; a guided image takes two, an unguided one."
     )
     max_batch_pixels: int | None = Field(
-        None, ge=1, description="Rows x picture pixels of one forward pass; None leaves it to the rows."
+        None, ge=1, description="Rows x picture pixels of one forward pass; absent, rows alone bound it."
     )
 
 
@@ -109,11 +107,11 @@ class TextEncoderConfig(MicroBatchConfig):
 class Limits(_Strict):
     """What the service takes in. Requests beyond are refused before anything is queued."""
 
-    min_side_px: int = Field(64, ge=8, multiple_of=8)
-    max_side_px: int = Field(2048, ge=8, multiple_of=8)
-    max_pixels: int = Field(2048 * 1024, ge=64)
-    max_steps: int = Field(200, ge=1, le=MAX_STEPS)
-    max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    min_side_px: int = Field(64, ge=8, multiple_of=8, description="Of a picture's width and height, the least.")
+    max_side_px: int = Field(2048, ge=8, multiple_of=8, description="Of a picture's width and height, the most.")
+    max_pixels: int = Field(2048 * 1024, ge=64, description="Of a picture, width x height at most.")
+    max_steps: int = Field(200, ge=1, le=MAX_STEPS, description="The most num_inference_steps of a request.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="A larger request body is refused unread (413).")
     max_images_in_flight: int = Field(
         128, ge=1, description="Images one ingress replica takes in at once; beyond it answers 503 with Retry-After."
     )
@@ -131,7 +129,7 @@ class AppConfig(_Strict):
     """The whole application."""
 
     base: ModelSource = ModelSource(path="embedded:base")
-    refiner: ModelSource | None = Field(None, description="None: the base draws the whole trajectory.")
+    refiner: ModelSource | None = Field(None, description="Absent, the base draws the whole trajectory.")
     vae: ModelSource | None = Field(
         None, description="A checkpoint, or a VAE published alone, that replaces the base's VAE."
     )
@@ -198,9 +196,5 @@ def parse_config(args: dict[str, Any]) -> AppConfig:
     try:
         return AppConfig.model_validate(args)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            reason = "unknown key"
-        raise ConfigurationError(f"args{'.' + where if where else ''}: {reason}") from None
+        place, reason = first_fault(error)
+        raise ConfigurationError(f"{'.'.join(map(str, ('args', *place)))}: {reason}") from None

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from serve_app.errors import StageUnavailable
 from serve_app.scheduling import Batch, Job, StepScheduler
@@ -54,6 +54,15 @@ class Runner(Protocol[TaskT_contra, StateT, OutputT, ResultT_co]):
 
 
 @dataclass
+class PassTimes:
+    """What the forward passes of one number of rows took, all told."""
+
+    passes: int = 0
+    seconds: float = 0.0
+    cpu_s: float = 0.0  # that the engine's thread computed: without its waits for a core or a device
+
+
+@dataclass
 class EngineStats:
     """Counters since the start. For tests, metrics and operators."""
 
@@ -69,6 +78,15 @@ class EngineStats:
     busy_s: float = 0.0  # time with work, all told
     forward_s: float = 0.0  # of which in forward passes
     max_steps_after_cancel: int = 0  # over all tasks: passes a task was in when its cancellation had arrived
+    by_rows: dict[int, PassTimes] = field(default_factory=dict)  # of passes that were not split
+
+    def count_pass(self, rows: int, seconds: float, cpu_s: float) -> None:
+        if rows not in self.by_rows:
+            self.by_rows = self.by_rows | {rows: PassTimes()}  # a new dict: another thread may be reading this one
+        times = self.by_rows[rows]
+        times.passes += 1
+        times.seconds += seconds
+        times.cpu_s += cpu_s
 
 
 @dataclass(eq=False)
@@ -137,7 +155,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         if self._fault is not None or not self._thread.is_alive():
             raise StageUnavailable(f"the engine of this replica has stopped: {self._fault!r}", retry_after_s=1)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """The counters of `EngineStats`, and the tasks in the engine now."""
         with self._wake:
             waiting = len(self._arrived)
@@ -210,8 +228,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             if entry.started is None:
                 entry.started = started
         self._tell_positions(batch)
-        outputs = self._forward(entries, batch.jobs)
-        self._stats.forward_s += self._clock() - started
+        outputs = self._timed_forward(entries, batch)
         for entry, output in outputs:
             self._advance(entry, output)
         self._scheduler.observe(self._clock() - started)
@@ -228,6 +245,18 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
             self._leave(entry)
             self._stats.cancelled += 1
             self._stats.max_steps_after_cancel = max(self._stats.max_steps_after_cancel, entry.steps_after_cancel)
+
+    def _timed_forward(
+        self, entries: list[_Entry[TaskT, StateT, ResultT]], batch: Batch
+    ) -> list[tuple[_Entry[TaskT, StateT, ResultT], OutputT]]:
+        splits = self._stats.split_passes
+        started, cpu_started = self._clock(), time.thread_time()
+        outputs = self._forward(entries, batch.jobs)
+        cpu_s, seconds = time.thread_time() - cpu_started, self._clock() - started
+        self._stats.forward_s += seconds
+        if outputs and self._stats.split_passes == splits:
+            self._stats.count_pass(batch.rows, seconds, cpu_s)
+        return outputs
 
     def _forward(
         self, entries: list[_Entry[TaskT, StateT, ResultT]], jobs: Sequence[Job]

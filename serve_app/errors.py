@@ -5,7 +5,10 @@ An error crosses process borders by pickle, so its whole state is in plain attri
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class ServiceError(Exception):
@@ -106,3 +109,10 @@ class InternalError(ServiceError):
 
 class ConfigurationError(Exception):
     """The configuration or a checkpoint is wrong: one line that says what and where."""
+
+
+def first_fault(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """Where in a file pydantic found the first fault, and what it is, in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return first["loc"], reason

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import AppConfig, check_max_ongoing_requests, parse_config
-from serve_app.errors import ConfigurationError
+from serve_app.errors import ConfigurationError, first_fault
 from serve_app.graph import APP_NAME, DEPLOYMENTS
 
 IMPORT_PATH = "serve_app.graph:build_app"
@@ -60,8 +60,8 @@ def check_serve_config(content: Any) -> ServeConfig:
     try:
         ServeDeploySchema.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        raise ConfigurationError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place, reason = first_fault(error)
+        raise ConfigurationError(f"{'.'.join(map(str, place))}: {reason}") from None
     applications = content["applications"]
     if len(applications) != 1:
         raise ConfigurationError(f"applications: {len(applications)} given, one is served")

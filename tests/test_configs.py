@@ -15,15 +15,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from pydantic import BaseModel
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
+from serve_app import config_document
 from serve_app.config import AppConfig, check_max_ongoing_requests, parse_config
 from serve_app.errors import ConfigurationError
 from serve_app.graph import APP_NAME, DEPLOYMENTS, build_app
 from serve_app.serve_config import check_serve_config, unknown_keys
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GPU_CONFIGS = ["single-gpu.yaml", "multi-gpu.yaml"]
 
 every_config = pytest.mark.parametrize("name", [path.name for path in CONFIGS])
@@ -289,3 +292,12 @@ def test_ray_finds_a_place_for_every_replica(name: str, gpus: int) -> None:
     whole = [gpu for (stage, where), (_, _, share) in zip(places, demands, strict=True) if share == 1 for gpu in where]
     assert len(set(used)) == gpus
     assert all(used.count(gpu) == 1 for gpu in whole)  # a UNet with a whole GPU shares it with nobody
+
+
+def test_the_reference_of_keys_is_what_the_code_takes() -> None:
+    document = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert document == config_document.markdown(), "python -m serve_app.config_document > docs/configuration.md"
+    for model in (AppConfig, *(type(value) for value in vars(AppConfig()).values() if isinstance(value, BaseModel))):
+        for name, info in model.model_fields.items():
+            assert f"| `{name}` |" in document
+            assert info.description or isinstance(info.default, BaseModel), f"{model.__name__}.{name} says nothing"

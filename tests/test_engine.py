@@ -448,6 +448,10 @@ async def test_the_counters_count() -> None:
         runner.let_go()
         await asyncio.gather(a, b)
         stats = engine.stats()
+        by_rows = stats.pop("by_rows")
+        assert {rows: times["passes"] for rows, times in by_rows.items()} == {2: 2, 4: 1}
+        assert 0 < sum(times["seconds"] for times in by_rows.values()) == pytest.approx(stats["forward_s"])
+        assert all(0 <= times["cpu_s"] <= times["seconds"] for times in by_rows.values()), "held, it computes nothing"
         assert 0 < stats.pop("forward_s") <= stats.pop("busy_s")
         assert stats == {
             "max_rows": 4,

@@ -20,6 +20,7 @@ LAYERS = {
     "serve_app": 0,
     "serve_app.schema": 0,
     "serve_app.config": 0,
+    "serve_app.config_document": 0,
     "serve_app.errors": 0,
     "serve_app.scheduling": 0,
     "serve_app.resolve": 0,

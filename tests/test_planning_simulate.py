@@ -177,6 +177,21 @@ def test_shared_cores_bound_what_all_replicas_do_together() -> None:
         assert 0.95 * end <= work / (2 / 1.25) <= end, "both cores are busy all the time, and never more than both"
 
 
+def test_what_nobody_waits_for_takes_its_share_of_the_cores() -> None:
+    """One core: a request alone ends when all else is done or later; the work beside its five calls is 5 s."""
+    ask = Ask(0.0, steps=10, width=64, height=64, high_noise_frac=0.8)
+    without, beside = (
+        simulate(machine(cores={"count": 1, "beside_s": beside_s}), Replicas(refine=1), [ask] * 20, concurrency=20)
+        for beside_s in (0.0, 1.0)
+    )
+    last, later = (max(record.done or 0.0 for record in run.records) for run in (without, beside))
+    assert last + 0.9 * 20 * 5 * 1.0 <= later <= last + 20 * 5 * 1.0
+    own = machine(cores=None)
+    assert simulate(own, Replicas(refine=1), [ask]).records[0].latency_s == pytest.approx(
+        simulate(machine(cores={"count": 99, "beside_s": 9.0}), Replicas(refine=1), [ask]).records[0].latency_s
+    ), "with cores to spare nobody waits for it"
+
+
 def test_work_that_shares_cores() -> None:
     def ends(cores: Cores, works: Sequence[tuple[float, float]]) -> list[float]:
         clock = VirtualClock(cores)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.demo.grammar import caption, sample_scene
-from serve_app.errors import ConfigurationError, InvalidRequest
+from serve_app.errors import ConfigurationError, InvalidRequest, first_fault
 from serve_app.schema import MAX_IMAGES, MAX_SEED, MAX_STEPS, SchedulerName, parse_request
 
 
@@ -155,9 +155,8 @@ def parse_profile(content: Any, where: str) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        key = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+        place, reason = first_fault(error)
+        key = ".".join(str(part) for part in place if not _is_branch(part))
         raise ConfigurationError(f"{where}: {key + ': ' if key else ''}{reason[:1].lower() + reason[1:]}") from None
 
 

@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: `torchrun --nproc-per-node 2 -m serve_app.demo.train --out serve_app/demo`.
+"""Trains the embedded model from nothing: `torchrun --nproc-per-node 2 -m serve_app.demo.train --out my-model`.
 
 A process a core or GPU; `python -m serve_app.demo.train` is one.
 

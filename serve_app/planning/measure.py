@@ -31,6 +31,7 @@ from serve_app.schema import ImageRequest
 from serve_app.tasks import Conditioning, DenoiseTask, Urgency, base_task, encode_task, refiner_task
 
 if TYPE_CHECKING:
+    from serve_app.serve_config import ServeConfig
     from serve_app.stages.denoise import Denoiser
     from serve_app.stages.device import Compute
     from serve_app.tasks import Bytes, Floats
@@ -96,6 +97,9 @@ def add_profile_flags(parser: argparse.ArgumentParser, default_config: Path) -> 
     parser.add_argument(
         "--cpu-time", action="store_true", help="time computed, not time passed: on one thread of a busy machine"
     )
+    parser.add_argument(
+        "--in-graph", action="store_true", help="then start the graph and set the profile right by its passes"
+    )
     parser.add_argument("--note", action="append", default=[], help="a line for the file on how it was made")
     parser.set_defaults(run=profile)
 
@@ -108,10 +112,22 @@ def profile(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"{options.output.parent}: no such folder")
     sizes = tuple(parse_size(text) for text in options.size)
     settings = Settings(sizes, options.repeats, options.quantile, options.hop_s, options.cpu_time, tuple(options.note))
-    found = measure(read_serve_config(options.config).app, settings)
+    config = read_serve_config(options.config)
+    found = measure(config.app, settings)
+    if options.in_graph:
+        found = _in_graph(found, config)
     options.output.write_text(json.dumps(found.model_dump(exclude_none=True), indent=2) + "\n", encoding="utf-8")
     print(options.output)
     return 0
+
+
+def _in_graph(found: Profile, config: ServeConfig) -> Profile:
+    from tqdm import tqdm
+
+    from serve_app.planning.in_graph import measure_in_graph
+
+    with tqdm(total=0, unit="request", dynamic_ncols=True) as bar:
+        return measure_in_graph(found, config, bar)
 
 
 def measure(config: AppConfig, settings: Settings, quiet: bool = False) -> Profile:

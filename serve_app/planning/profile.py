@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.errors import ConfigurationError
+from serve_app.errors import ConfigurationError, first_fault
 from serve_app.scheduling import Budget, PolicyName
 
 SHIPPED = Path(__file__).parent / "profiles"
@@ -96,6 +96,9 @@ class Cores(_Strict):
 
     count: int = Field(ge=1)
     slowdown: float = Field(1.0, ge=1.0, description="A pass's time with all cores busy over that with one busy.")
+    beside_s: Seconds = Field(
+        0.0, description="Of each call between deployments: what is computed beside it that nobody waits for."
+    )
 
     @model_validator(mode="after")
     def _one_core_has_no_neighbours(self) -> Cores:
@@ -207,11 +210,8 @@ def parse_profile(content: Any) -> Profile:
     try:
         return Profile.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            reason = "unknown key"
+        place, reason = first_fault(error)
+        where = ".".join(map(str, place))
         raise ConfigurationError(f"{where}: {reason}" if where else reason) from None
 
 

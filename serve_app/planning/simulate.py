@@ -163,6 +163,7 @@ class _Simulation:
         self._replicas = replicas
         self._concurrency = concurrency
         self._clock = clock = VirtualClock(profile.cores)
+        self._beside_s = 0.0 if profile.cores is None else profile.cores.beside_s
         self._records = [Record(ask, ask.at) for ask in asks]
         self._arrived = self._images = self._ids = self._first_counted = 0
         self._marks: list[tuple[float, int, dict[str, Counts]]] = []  # when, images made by then, and all counts
@@ -285,6 +286,8 @@ class _Simulation:
     def _hop(self, call: Callable[[Any], None], argument: Any) -> None:
         """Half of a call between deployments: the way there, or the way back."""
         self._clock.work(self._profile.hop_s / 2, call, argument)
+        if self._beside_s:
+            self._clock.work(self._beside_s / 2, _nobody_waits)
 
     def _call(self, router: Router[Any], work: Any, request: _Request, then: Callable[[Stay], None]) -> None:
         replica = router.pick()
@@ -358,6 +361,10 @@ class _Simulation:
             queued_s=(after.queued_s - before.queued_s) / calls if calls else 0.0,
             stayed_s=(after.stayed_s - before.stayed_s) / calls if calls else 0.0,
         )
+
+
+def _nobody_waits(_: None) -> None:
+    """The end of work that only takes its share of the cores."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -36,6 +36,11 @@ class Ask:
         return self.width * self.height
 
     @property
+    def calls(self) -> int:
+        """Between deployments, the one to the ingress included."""
+        return 2 + self.n * (2 + (self.high_noise_frac < 1))
+
+    @property
     def rows(self) -> int:
         return 2 if self.guided else 1
 

@@ -51,7 +51,7 @@ def markdown() -> str:
     rows = table()
     lines = [_INTRODUCTION]
     for name, route in ROUTES.items():
-        lines += [f"## {name}: `{route}`", "", "| field | | |", "|---|---|---|"]
+        lines += [f"## {name}: `{route}`", "", "| field | here | note |", "|---|---|---|"]
         lines += [f"| `{row.field}` | {row.what} | {_cell(row.note)} |" for row in rows if row.format == name]
         lines.append("")
     return "\n".join(lines)
