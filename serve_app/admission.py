@@ -16,14 +16,16 @@ _UNKNOWN_RATE_RETRY_S = 5.0
 class Admission:
     """Counts images in flight against a limit.
 
-    `Retry-After` is computed from the rate at which images left during the last minute.
+    `Retry-After` is computed from the rate at which images left during the last minute, as far as there was work.
     """
 
     def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
         self.max_images = max_images
         self.in_flight = 0
         self._clock = clock
-        self._left: deque[tuple[float, int]] = deque()
+        self._left: deque[tuple[float, int]] = deque()  # when, and how many
+        self._idle: deque[tuple[float, float]] = deque()  # from when to when there was no work
+        self._idle_since = -math.inf
 
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
@@ -39,6 +41,8 @@ class Admission:
                 f"{wait:.0f} s",
                 retry_after_s=wait,
             )
+        if not self.in_flight:
+            self._idle.append((self._idle_since, self._clock()))
         self.in_flight += images
         finished = False
         try:
@@ -46,21 +50,26 @@ class Admission:
             finished = True
         finally:
             self.in_flight -= images
+            now = self._clock()
+            if not self.in_flight:
+                self._idle_since = now
             if finished and images:
-                self._left.append((self._clock(), images))
-                self._forget(self._clock())
+                self._left.append((now, images))
+            self._forget(now)
 
     def retry_after_s(self, images: int) -> float:
         """Seconds until that many images fit, whole and at least 1, at the rate of the last minute."""
         now = self._clock()
         self._forget(now)
-        if len(self._left) < 2:
+        if not self._left:
             return _UNKNOWN_RATE_RETRY_S
-        span = max(now - self._left[0][0], 0.001)
-        rate = sum(count for _, count in self._left) / span
+        idle_s = sum(end - max(start, now - _WINDOW_S) for start, end in self._idle)
+        rate = sum(count for _, count in self._left) / max(_WINDOW_S - idle_s, 0.001)
         missing = self.in_flight + images - self.max_images
         return float(min(max(math.ceil(missing / rate), 1), 600))
 
     def _forget(self, now: float) -> None:
         while self._left and now - self._left[0][0] > _WINDOW_S:
             self._left.popleft()
+        while self._idle and now - self._idle[0][1] > _WINDOW_S:
+            self._idle.popleft()

@@ -29,8 +29,8 @@ DESCRIPTION = """\
 Stable Diffusion XL as a Ray Serve graph: text encoders, base denoiser, refiner and VAE decoder are
 separate deployments, and requests share every denoising step.
 
-Every picture answer carries `X-Request-Id`, `Server-Timing` with the four stages, and, where something of
-the request had no effect, `X-SDXL-Warnings`, a JSON list.
+Every picture answer carries `X-Request-Id`, `Server-Timing` with the wait for the first step and the four stages,
+and, where something of the request had no effect, `X-SDXL-Warnings`, a JSON list.
 """
 
 
@@ -54,9 +54,10 @@ def build_http_app(service: ImageService) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unmatched(request: Request, error: HTTPException) -> Response:
         kind = MethodNotAllowed if error.status_code == 405 else RouteNotFound
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))  # Ray's route_prefix
         what = f"{request.method} {request.url.path}"
         message = f"{what}: method not allowed" if error.status_code == 405 else f"{what}: no such route; see /docs"
-        envelope = next((e for path, e in _ENVELOPES.items() if request.url.path.startswith(path)), None)
+        envelope = next((e for start, e in _ENVELOPES.items() if path.startswith(start)), None)
         return error_response(kind(message), envelope or encode_openai_error, error.headers)
 
     return app

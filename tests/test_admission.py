@@ -65,17 +65,30 @@ def test_the_wait_is_a_guess_where_no_rate_is_known() -> None:
         assert overloaded(admission, 1).retry_after_s == 5
         clock.now += 1
     with admission.hold(4):
-        assert overloaded(admission, 1).retry_after_s == 5, "one departure has no rate"
+        assert overloaded(admission, 1).retry_after_s == 1, "four in a second"
 
 
 def test_the_wait_is_what_is_missing_at_the_rate_of_the_last_minute() -> None:
     clock = Clock()
     admission = Admission(4, clock)
     for _ in range(5):
-        draw(admission, clock, 2, 10)  # the first leaves 40 s before the last: 10 images in 40 s
+        draw(admission, clock, 2, 10)  # 10 images in 50 s
     with admission.hold(3):
-        assert overloaded(admission, 2).retry_after_s == 4
-        assert overloaded(admission, 4).retry_after_s == 12, "one of the four has a place already"
+        assert overloaded(admission, 2).retry_after_s == 5
+        assert overloaded(admission, 4).retry_after_s == 15, "one of the four has a place already"
+
+
+def test_images_that_leave_together_took_their_time() -> None:
+    """Eight leave at once ten seconds after the service was idle: 0.8 a second, not eight in no time."""
+    clock = Clock()
+    admission = Admission(128, clock)
+    draw(admission, clock, 1, 5)
+    clock.now += 20
+    with admission.hold(120):
+        draw(admission, clock, 8, 10)
+        with admission.hold(8):
+            clock.now += 0.25
+            assert overloaded(admission, 8).retry_after_s == 14, "nine in 15.25 s of work; the pause counts nothing"
 
 
 def test_the_rate_forgets_what_is_older_than_a_minute() -> None:

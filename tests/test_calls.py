@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from serve_app.deployments import calls
@@ -45,6 +45,7 @@ def from_a_replica(cause: Exception) -> BaseException:
     [
         ActorDiedError(),
         ActorUnavailableError("gone", None),
+        OutOfMemoryError("killed by the memory monitor"),
         StageUnavailable("engine"),
         from_a_replica(StageUnavailable("engine")),
         asyncio.CancelledError(),  # nobody cancelled the caller: the replica went with the request in it
@@ -55,6 +56,34 @@ async def test_a_lost_replica_is_tried_again(lost: BaseException) -> None:
     stage = Stage(lost, lost)
     assert await retried("denoise", stage) == "done"
     assert stage.calls == 3
+
+
+@pytest.mark.parametrize("lost", [ActorUnavailableError("out of reach", None), asyncio.CancelledError()], ids=repr)
+async def test_a_call_that_is_given_up_is_cancelled(lost: BaseException) -> None:
+    """A replica that is out of reach may still be at it: its rows are not to be held for nobody."""
+
+    class Response:
+        cancelled = 0
+
+        def __await__(self) -> Any:
+            raise lost
+            yield
+
+        def __aiter__(self) -> Any:
+            return self
+
+        async def __anext__(self) -> Any:
+            raise lost
+
+        def cancel(self) -> None:
+            self.cancelled += 1
+
+    response = Response()
+    with pytest.raises(type(lost)):
+        await calls._result(response)  # type: ignore[arg-type]
+    with pytest.raises(type(lost)):
+        await calls._last(response, lambda _: None)  # type: ignore[arg-type]
+    assert response.cancelled == 2
 
 
 async def test_at_most_three_times() -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from serve_app.errors import StageUnavailable
+from serve_app.http_app import build_http_app
 from serve_app.images import read_parameters
 from serve_app.protocols.infotext import parse_infotext
 from tests.fakes import FakeStages, service
@@ -49,6 +50,15 @@ def picture_of(path: str, response: httpx.Response) -> bytes:
         return response.content
     body = response.json()
     return base64.b64decode(body["images"][0] if path == TXT2IMG else body["artifacts"][0]["base64"])
+
+
+async def test_under_a_route_prefix_a_wrong_address_has_its_formats_envelope() -> None:
+    """As Ray's proxy calls the application: with the prefix in the path, and as `root_path`."""
+    transport = httpx.ASGITransport(app=build_http_app(service(FakeStages())), root_path="/img")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.get("/img/sdapi/v1/nothing")
+    assert response.status_code == 404
+    assert "/img/sdapi/v1/nothing" in message(TXT2IMG, response)
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -418,3 +418,20 @@ def test_no_body_raises_anything_but_an_error_with_one_line(fields: dict[str, An
     except ServiceError as error:
         assert "\n" not in error.message
         json.dumps(automatic1111.encode_error(error), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"steps": 10**12}, {"steps": 501}, {"infotext": "p\nSteps: 0, Sampler: Euler, CFG scale: 7"}],
+    ids=["very many", "too many", "none"],
+)
+def test_a_split_of_impossible_steps_is_refused_before_it_is_computed(fields: dict[str, Any]) -> None:
+    error = refusal(**fields, refiner_checkpoint="refiner", refiner_switch_at=0.8)
+    assert error.param == "steps" and error.status == 400
+
+
+def test_a_long_line_is_read_in_linear_time_and_a_longer_one_not_at_all() -> None:
+    """Without bounds in the reader's pattern this takes longer than the whole suite may."""
+    for line in ("a" * 65_536, " " * 65_535 + "a"):
+        assert decode(infotext=line).requests[0].prompt == "p"
+    assert refusal(infotext="a" * 65_537).param == "infotext"

@@ -41,6 +41,9 @@ def test_a_broken_context_is_told_from_a_full_memory() -> None:
     assert is_context_broken(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_context_broken(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_context_broken(RuntimeError("CUDA error: out of memory"))
+    assert not is_context_broken(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    )
     assert is_context_broken(RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"))
     assert not is_context_broken(RuntimeError("shape mismatch"))
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
@@ -24,7 +24,15 @@ ResultT = TypeVar("ResultT")
 
 _RETRIES = 3
 _BACKOFF_S = (0.1, 1.0, 4.0)
-_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, DeploymentUnavailableError, RequestCancelledError)
+# OutOfMemoryError: Ray's memory monitor has killed the replica, whoever had filled the memory.
+_LOST = (
+    RayActorError,
+    OutOfMemoryError,
+    ObjectLostError,
+    WorkerCrashedError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+)
 
 
 def remote_stages(
@@ -81,8 +89,8 @@ async def describe(handle: DeploymentHandle) -> dict[str, Any]:
 async def _result(response: DeploymentResponse) -> Any:
     try:
         return await response
-    except asyncio.CancelledError:
-        response.cancel()
+    except (asyncio.CancelledError, *_LOST):
+        response.cancel()  # a replica that is only out of reach may still be at it
         raise
 
 
@@ -93,7 +101,7 @@ async def _last(stream: DeploymentResponseGenerator, on_step: OnStep) -> Any:
             if isinstance(event, StepReport):
                 on_step(event)
             last = event
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, *_LOST):
         stream.cancel()
         raise
     return last

@@ -192,10 +192,9 @@ class _Measurement:
         files = {_name(size): self._file(drawn[size].pixels) for size in sizes}
         cores = self._cores(drawn[sizes[0]].base)
         for name, settings_of in self._stage_settings().items():
-            if name in stages:
-                stages[name] |= {"policy": settings_of.policy, "patience": settings_of.patience}
-                if (pixels := getattr(settings_of, "max_batch_pixels", None)) is not None:
-                    stages[name]["max_batch_pixels"] = pixels
+            stages[name] |= {"policy": settings_of.policy, "patience": settings_of.patience}
+            if (pixels := getattr(settings_of, "max_batch_pixels", None)) is not None:
+                stages[name]["max_batch_pixels"] = pixels
         return parse_profile(
             {
                 "made": self._provenance(),
@@ -212,12 +211,8 @@ class _Measurement:
 
     def _stage_settings(self) -> dict[str, SchedulingConfig]:
         config = self._config
-        return {
-            "encode": config.text_encoder,
-            "denoise": config.base_denoiser,
-            "refine": config.refiner_denoiser,
-            "decode": config.vae_decoder,
-        }
+        stages = {"encode": config.text_encoder, "denoise": config.base_denoiser, "decode": config.vae_decoder}
+        return stages if config.refiner is None else stages | {"refine": config.refiner_denoiser}
 
     def _one_thread(self) -> bool:
         """Whether every replica is one thread on the CPU."""

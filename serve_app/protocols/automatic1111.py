@@ -42,7 +42,15 @@ from serve_app.protocols.json_body import parse_object
 from serve_app.protocols.refiner_split import SDXL
 from serve_app.protocols.scheduler_names import from_webui, to_webui
 from serve_app.resolve import DEFAULT_HIGH_NOISE_FRAC, Trajectory
-from serve_app.schema import MAX_IMAGES, GeneratedImage, ImageRequest, ImageResult, invalid_request, parse_request
+from serve_app.schema import (
+    MAX_IMAGES,
+    MAX_STEPS,
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    invalid_request,
+    parse_request,
+)
 
 _PLAIN_PROMPT = (
     ("extra networks", re.compile(r"<\w{1,20}:[^<>]*>")),
@@ -211,6 +219,8 @@ def _refiner(
         fields.pop("high_noise_frac", None)
         return []
     steps = fields.get("num_inference_steps", DEFAULTS["steps"])
+    if not 1 <= steps <= MAX_STEPS:
+        return []  # refused with the request: no split is computed for so many
     if asked.override_settings.get("refiner_switch_by_sample_steps") is False:
         fields["high_noise_frac"] = max(switch_at, 1e-6)
         return []

@@ -44,7 +44,9 @@ class Txt2ImgFields(BaseModel):
     )
     override_settings: dict[str, Any] = Field(default_factory=dict, description="webui's settings for this request.")
     infotext: str | None = Field(
-        None, description="A picture's infotext: its parameters hold where the body has none of its own."
+        None,
+        max_length=65_536,
+        description="A picture's infotext: its parameters hold where the body has none of its own.",
     )
     send_images: bool = Field(True, description="false: the answer has no pictures, info alone.")
 

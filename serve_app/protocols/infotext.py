@@ -27,8 +27,9 @@ from serve_app.schema import FieldKind, ImageRequest, field_kinds, read_text
 PNG_KEY = "parameters"
 
 _NEGATIVE = "Negative prompt:"
-# The parameters of the last line: a name, then a quoted JSON string or anything without a comma.
-_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# The parameters of the last line: a name, then a quoted JSON string or anything without a comma. Names and the room
+# before them are bounded, as webui's reader doesn't: else a long line without a colon takes quadratic time.
+_PARAMETER = re.compile(r'\s{0,9}(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_PARAMETERS = 3  # a last line with fewer is part of the prompt
 _KINDS = field_kinds()
 # Of the request and not of the picture: the file, the number, and how urgent it was.

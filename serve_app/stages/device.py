@@ -52,10 +52,10 @@ def describe(compute: Compute) -> str | None:
 def is_context_broken(error: Exception) -> bool:
     """Whether an error leaves the CUDA context unusable: every later call in this process would fail.
 
-    Running out of memory does not.
+    Running out of memory does not, in a library's workspace (CUBLAS_STATUS_ALLOC_FAILED) either.
     """
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
         return False
     if isinstance(error, torch.AcceleratorError):
         return True
