@@ -108,6 +108,7 @@ LAYERS = {
     "serve_app.deployments": 3,
     "serve_app.deployments.calls": 3,
     "serve_app.deployments.replica": 3,
+    "serve_app.deployments.metrics": 3,
     "serve_app.deployments.text_encoder": 3,
     "serve_app.deployments.denoiser": 3,
     "serve_app.deployments.vae_decoder": 3,

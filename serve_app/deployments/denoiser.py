@@ -10,6 +10,7 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
+from serve_app.deployments.metrics import StageMetrics
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.engine import StepEngine
 from serve_app.scheduling import Budget
@@ -40,6 +41,7 @@ class Denoiser:
             settings.scheduler(Budget(settings.max_batch_rows, settings.max_batch_pixels)),
             name=stage,
         )
+        self._metrics = StageMetrics(stage)
 
     async def run(self, task: DenoiseTask) -> Latents:
         """Takes one image through this stage's steps."""
@@ -79,6 +81,7 @@ class Denoiser:
         return identity() | self._engine.stats()
 
     async def check_health(self) -> None:
+        self._metrics.tell(self._engine.stats())
         self._engine.check_health()
 
     def __del__(self) -> None:

@@ -9,6 +9,7 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
+from serve_app.deployments.metrics import StageMetrics
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.micro_batch import MicroBatcher, SharedCache
 from serve_app.scheduling import Budget
@@ -43,6 +44,7 @@ class TextEncoder:
             name="encode",
         )
         self._cache: SharedCache[TextJob, TextEmbedding] = SharedCache(config.text_encoder.cache_entries)
+        self._metrics = StageMetrics("encode")
 
     async def encode(self, task: EncodeTask) -> Conditioning:
         """The conditioning of one request."""
@@ -69,4 +71,5 @@ class TextEncoder:
         return identity() | self._batcher.stats() | self._cache.stats()
 
     async def check_health(self) -> None:
+        self._metrics.tell(await self.stats())
         self._batcher.check_health()

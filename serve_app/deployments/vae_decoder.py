@@ -8,6 +8,7 @@ from ray import serve
 
 from serve_app import checkpoint
 from serve_app.config import AppConfig
+from serve_app.deployments.metrics import StageMetrics
 from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
 from serve_app.errors import PictureFailed
 from serve_app.micro_batch import MicroBatcher
@@ -39,6 +40,7 @@ class VaeDecoder:
             is_fatal=is_context_broken,
             name="decode",
         )
+        self._metrics = StageMetrics("decode")
 
     async def decode(self, latents: Floats, urgency: Urgency) -> Bytes:
         """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
@@ -57,4 +59,5 @@ class VaeDecoder:
         return identity() | self._batcher.stats() | {"float32_retries": self._decoder.float32_retries}
 
     async def check_health(self) -> None:
+        self._metrics.tell(await self.stats())
         self._batcher.check_health()
