@@ -3,7 +3,8 @@
     python -m bench.compare [--systems ours sequential] [--scenarios mixed alone] [--quick] [--out DIR]
 
 Every system first draws the same pictures as the others, or the comparison ends. Each is tried in its settings and goes
-on with the fastest. One system is loaded at a time. A whole run writes docs/benchmark; a part, build/benchmark.
+on with the fastest. One system is loaded at a time. Closed loops go in rounds, the systems in turn and then in reverse,
+since the speed of a shared machine drifts. A whole run writes docs/benchmark; a part, build/benchmark.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from bench import scenarios, show
 from bench.scenarios import Effort
 from bench.systems import NAMES, ONE_THREAD, OURS, ROOT, SETTINGS, Setting, SystemFailed, running
+from serve_app.bench.records import Record
 
 SCENARIOS = ("gain", "mixed", "presets", "bursts", "short-behind-long", "alone")
 MAX_GREY_LEVELS = 1
@@ -48,8 +50,9 @@ class Comparison:
         if "gain" in self._wanted:
             self.figures["unet_gain"] = self._gain()
         chosen = {system: self._choose(system) for system in self._systems}
+        self._closed_loops(chosen)
         for system, setting in chosen.items():
-            if {"mixed", "presets", "bursts", "short-behind-long"} & {*self._wanted}:
+            if {"bursts", "short-behind-long"} & {*self._wanted}:
                 self._measure(system, setting)
         if "alone" in self._wanted and OURS in chosen:
             self._alone(chosen[OURS])
@@ -96,13 +99,23 @@ class Comparison:
             raise SystemFailed(f"{system} draws something else: {max(found.values())} grey levels apart")
         self.figures["parity"][system] = found
 
+    def _closed_loops(self, chosen: dict[str, Setting]) -> None:
+        profiles = [profile for profile in ("mixed", "presets") if profile in self._wanted]
+        rounds: dict[tuple[str, str], list[list[Record]]] = {}
+        for number in range(self._effort.rounds if profiles else 0):
+            for system, setting in list(chosen.items())[:: -1 if number % 2 else 1]:
+                with running(setting) as url:
+                    for profile in profiles:
+                        title = f"{profile}, round {number + 1}: {system}"
+                        records = scenarios.closed_loop(url, profile, self._effort, number, title)
+                        rounds.setdefault((system, profile), []).append(records)
+                        say(f"{title}: {show.rate_line(scenarios.pooled([records], self._effort))}")
+        for (system, name), found in rounds.items():
+            self.figures["systems"][system][name] = scenarios.pooled(found, self._effort)
+
     def _measure(self, system: str, setting: Setting) -> None:
         found, effort = self.figures["systems"][system], self._effort
         with running(setting) as url:
-            for profile in ("mixed", "presets"):
-                if profile in self._wanted:
-                    found[profile] = scenarios.closed_loop(url, profile, effort, f"{profile}: {system}")
-                    say(f"{system}: {profile}: {show.rate_line(found[profile])}")
             if "bursts" in self._wanted:
                 # The same arrivals for everybody: four fifths of what we can do.
                 capacity = self.figures["systems"].get(OURS, {}).get("mixed", found.get("mixed"))["images_per_s"]

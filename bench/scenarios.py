@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import statistics
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class Effort:
     """How much is measured."""
 
     in_flight: int = 16
-    requests: int = 48
+    rounds: int = 2
+    requests: int = 32  # of each closed loop in each round
     tuning_requests: int = 24
     bursts: int = 6
     burst: int = 8
@@ -38,7 +40,9 @@ class Effort:
     @staticmethod
     def quick() -> Effort:
         """Enough to see that every piece works, not to believe a figure."""
-        return Effort(in_flight=4, requests=6, tuning_requests=4, bursts=2, burst=3, pairs=2, probes=2, long_ones=2)
+        return Effort(
+            in_flight=4, rounds=2, requests=3, tuning_requests=4, bursts=2, burst=3, pairs=2, probes=2, long_ones=2
+        )
 
 
 def steps_of(*steps: int) -> Profile:
@@ -65,25 +69,35 @@ def tune(url: str, effort: Effort, title: str) -> float:
     return summarize(run(load, title)).images_per_s
 
 
-def closed_loop(url: str, profile: str, effort: Effort, title: str) -> dict[str, Any]:
-    """A full closed loop: throughput, latencies, stages.
+def closed_loop(url: str, profile: str, effort: Effort, number: int, title: str) -> list[Record]:
+    """One round's closed loop; every system gets the same requests in a round."""
+    warmup = effort.in_flight
+    count, seed = effort.requests + warmup, 2 + 10 * number
+    load = Settings(url, PROFILES[profile], Closed(effort.in_flight), count, warmup=warmup, steady=True, seed=seed)
+    return run(load, title)
+
+
+def pooled(rounds: Sequence[list[Record]], effort: Effort) -> dict[str, Any]:
+    """Throughput, latencies and stages of all rounds' closed loops together.
 
     Throughput by Little's law, as in flight / mean latency: a count within a window is off by what a system that
     finishes whole batches at once happens to finish at its edges. All profiles here ask for one picture a request.
     """
-    warmup = effort.in_flight
-    load = Settings(
-        url, PROFILES[profile], Closed(effort.in_flight), effort.requests + warmup, warmup=warmup, steady=True, seed=2
-    )
-    records = run(load, title)
+    records = [record for records in rounds for record in records]
     summary = summarize(records)
     return {
-        "images_per_s": effort.in_flight / summary.latency_s.mean if summary.latency_s else 0.0,
+        "images_per_s": _images_per_s(records, effort),
+        "images_per_s_by_round": [_images_per_s(records, effort) for records in rounds],
         "latency_s": _plain(summary.latency_s),
         "latencies_s": latencies(records),
         "stages_s": {stage: _plain(figures) for stage, figures in summary.stages_s.items()},
         "failures": summary.failures,
     }
+
+
+def _images_per_s(records: list[Record], effort: Effort) -> float:
+    latency_s = summarize(records).latency_s
+    return effort.in_flight / latency_s.mean if latency_s else 0.0
 
 
 def bursts(url: str, rate_per_s: float, effort: Effort, title: str) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
         f"({at['architecture']}, {at['system']}), float32, Python {at['python']}, {versions}. The embedded demo "
         "checkpoint at 128x128 pixels with guidance, base and refiner split at 0.8. All systems in one run, one loaded "
         "at a time, the same requests for each; each with the fastest of the settings it was tried in. "
+        f"{_rounds(figures)}"
         f"Load average before: {at['load_average_before'][0]:g}."
     )
     yield ""
@@ -111,6 +112,19 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield from _systems(figures, effort)
     yield from _gain(figures)
     yield from _settings(figures)
+
+
+def _rounds(figures: dict[str, Any]) -> str:
+    """How far the rounds of `mixed` lie apart: a shared machine's speed drifts."""
+    by_round = {
+        NAMES[system]: found["mixed"]["images_per_s_by_round"]
+        for system, found in figures["systems"].items()
+        if "images_per_s_by_round" in found.get("mixed", {})
+    }
+    if not by_round:
+        return ""
+    rates = "; ".join(f"{name} {', '.join(f'{rate:.2f}' for rate in rates)}" for name, rates in by_round.items())
+    return f"Closed loops in rounds, the systems in turn (images/s of `mixed` by round: {rates}). "
 
 
 def _against_targets(found: dict[str, float]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from bench import show
 from bench.compare import main
-from bench.scenarios import Effort, base_steps, far_apart, settle, short_behind_long, step_s
+from bench.scenarios import Effort, base_steps, far_apart, pooled, settle, short_behind_long, step_s
 from bench.systems import GRAPH, NAMES, OURS, SETTINGS, SystemFailed, running, setting
 from serve_app.bench.records import Record
 from serve_app.config import DEMO_FOLDER
@@ -90,7 +91,13 @@ def _spread(p50: float) -> dict[str, float]:
 
 
 def _system(rate: float, p50: float, queue: float | None) -> dict[str, Any]:
-    loop = {"images_per_s": rate, "latency_s": _spread(p50), "latencies_s": [p50, 2 * p50], "stages_s": {}}
+    loop = {
+        "images_per_s": rate,
+        "images_per_s_by_round": [rate, rate + 1],
+        "latency_s": _spread(p50),
+        "latencies_s": [p50, 2 * p50],
+        "stages_s": {},
+    }
     return {
         "mixed": loop,
         "bursts": {
@@ -120,6 +127,15 @@ FIGURES: dict[str, Any] = {
 }
 
 
+def test_rounds_are_pooled_request_by_request() -> None:
+    """Two in flight; a quick round of four and a slow one of two. Little's law over all six."""
+    quick, slow = ([record(sent_s=0.0, finished_s=s, status=200) for s in times] for times in ([1.0] * 4, [4.0] * 2))
+    found = pooled([quick, slow], replace(Effort(), in_flight=2))
+    assert found["images_per_s"] == pytest.approx(2 / 2.0)
+    assert found["images_per_s_by_round"] == pytest.approx([2.0, 0.5])
+    assert found["latencies_s"] == [1.0] * 4 + [4.0] * 2
+
+
 def test_ratios_are_to_the_best_rival() -> None:
     found = show.ratios(FIGURES)
     assert found["mixed_throughput"] == 2.0 / 1.6
@@ -141,6 +157,7 @@ def test_the_table_says_what_was_met_and_what_missed(tmp_path: Path) -> None:
     # 24 base and 6 refiner steps of two rows at 5 ms, on two cores: 1 / (30 * 2 * 5 ms) * 2
     assert "would draw 6.67 images/s at 30 steps; sdxl-serve draws 2.00, 30% of it" in text
     assert "**base replicas 2, threads 1** (base replicas 1: 1.50)" in text
+    assert "sdxl-serve 2.00, 3.00; (a) diffusers, one after another 1.00, 2.00; " in text
     assert "not to be quoted" not in text
     assert json.loads((tmp_path / "comparison.json").read_text())["ratios"]["mixed_p95"] == 0.4
     with Image.open(tmp_path / "comparison.png") as image:
