@@ -1,7 +1,7 @@
 # make demo   sets everything up in .venv and draws a first picture through the real graph
 # make serve  serves configs/demo.yaml on http://127.0.0.1:8000 until Ctrl-C
 # make test   sets everything up and runs all tests;  make lint: ruff and mypy
-# make bench  compares the service with its rivals and writes docs/benchmark; needs two idle cores for 25 minutes
+# make bench  compares the service with its rivals and writes docs/benchmark; needs two idle cores for half an hour
 #
 # Needs Python 3.11 or newer, make and git. On Linux, PyPI's torch brings CUDA (several GB); for a CPU
 # build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
