@@ -27,8 +27,9 @@ CORES = {"count": 2, "slowdown": 1.25}
 
 
 def test_clients_double_up_to_twice_what_fits() -> None:
-    assert levels(8) == [(1, 10), (2, 10), (4, 12), (8, 24), (16, 48)]
-    assert levels(3) == [(1, 10), (2, 10), (4, 12), (6, 18)]
+    assert levels(8, 128) == [(1, 10), (2, 10), (4, 12), (8, 24), (16, 48)]
+    assert levels(3, 128) == [(1, 10), (2, 10), (4, 12), (6, 18)]
+    assert levels(56, 5) == [(1, 10), (2, 10), (4, 12), (5, 15)], "the ingress takes in no more"
 
 
 def test_the_passes_of_all_replicas_since_a_reading() -> None:

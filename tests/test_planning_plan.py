@@ -12,7 +12,7 @@ from serve_app.cli import main
 from serve_app.errors import ConfigurationError
 from serve_app.planning.plan import find_plan, keeps, least_replicas
 from serve_app.planning.simulate import Replicas, Run, simulate
-from serve_app.planning.workload import Mix, closed_loop, poisson
+from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
 from tests.planning import content, machine
 
 SMALL = ((64, 64),)
@@ -131,3 +131,12 @@ def test_contradictions_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"sdxl-serve: {line}")
     assert error.count("\n") == 1
+
+
+def test_the_calls_between_deployments_count_on_shared_cores() -> None:
+    """Five calls a request, 0.2 s beside each: more than one core a request a second."""
+    asks = [Ask(0.0, steps=2, width=64, height=64, high_noise_frac=0.8)] * 20
+    free, busy = (machine(cores={"count": 1, "beside_s": beside_s}) for beside_s in (0.0, 0.2))
+    assert least_replicas(free, asks, 1.0, None).denoise == 1
+    with pytest.raises(ConfigurationError, match=r"takes 1\.\d+ cores even in full passes, the machine has 1"):
+        least_replicas(busy, asks, 1.0, None)

@@ -181,7 +181,8 @@ def _profile(options: argparse.Namespace) -> Profile:
             raise ConfigurationError(f"--cores {options.cores}: in {options.profile} each replica has its own device")
         count = int(options.cores)
         slowdown = profile.cores.slowdown if count > 1 else 1.0
-        profile = profile.model_copy(update={"cores": Cores(count=count, slowdown=slowdown)})
+        cores = Cores(count=count, slowdown=slowdown, beside_s=profile.cores.beside_s)
+        profile = profile.model_copy(update={"cores": cores})
     return profile
 
 

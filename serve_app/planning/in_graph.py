@@ -41,14 +41,15 @@ class Level:
     processor_s: float
 
 
-def levels(images: int) -> list[tuple[int, int]]:
+def levels(images: int, most: int) -> list[tuple[int, int]]:
     """Clients and requests of each closed loop, for replicas whose passes hold so many images together.
 
-    From one client to twice what fits, so that passes of every number of rows are seen, full ones included.
+    From one client to twice what fits, so that passes of every number of rows are seen, full ones included; `most`:
+    images that the ingress takes in.
     """
-    clients = [1]
-    while clients[-1] < 2 * images:
-        clients.append(min(2 * clients[-1], 2 * images))
+    clients, last = [1], min(2 * images, most)
+    while clients[-1] < last:
+        clients.append(min(2 * clients[-1], last))
     return [(count, max(10, 3 * count)) for count in clients]
 
 
@@ -63,7 +64,8 @@ def measure_in_graph(profile: Profile, config: ServeConfig, bar: Any) -> Profile
     mix = Mix(steps=_STEPS, sizes=((width, height),), high_noise_frac=split)
     with running(config, http=False) as graph:
         live = LiveGraph(config, graph.handle, bar.update)
-        loops = levels(profile.denoise.max_batch_rows // 2 * live.replicas.denoise)
+        images = profile.denoise.max_batch_rows // 2 * live.replicas.denoise
+        loops = levels(images, profile.ingress.max_images_in_flight)
         bar.total += sum(requests for _, requests in loops) + _RANDOM_REQUESTS + 3
         return asyncio.run(_measure(profile, live, mix, size, loops, bar.set_description))
 

@@ -125,7 +125,9 @@ def _in_graph(found: Profile, config: ServeConfig) -> Profile:
     from tqdm import tqdm
 
     from serve_app.planning.in_graph import measure_in_graph
+    from serve_app.stages.device import free_memory
 
+    free_memory()  # the graph's replicas may share a GPU with this process
     with tqdm(total=0, unit="request", dynamic_ncols=True) as bar:
         return measure_in_graph(found, config, bar)
 

@@ -90,7 +90,8 @@ def least_replicas(profile: Profile, asks: Sequence[Ask], rate: float | None, co
     load = {stage: seconds * (rate or 0.0) for stage, seconds in work.items()}
     if profile.cores is not None:
         load["ingress"] *= profile.ingress.threads
-        needed, count = sum(load.values()) * profile.cores.slowdown, profile.cores.count
+        calls_s = (rate or 0.0) * sum(ask.calls for ask in asks) / len(asks) * (profile.hop_s + profile.cores.beside_s)
+        needed, count = sum(load.values()) * profile.cores.slowdown + calls_s, profile.cores.count
         if needed >= count:
             raise ConfigurationError(
                 f"the load takes {needed:.2f} cores even in full passes, the machine has {count}: no number of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,13 @@ def set_up(config: ComputeConfig, gpu_fraction: float = 0.0) -> Compute:
 def describe(compute: Compute) -> str | None:
     """The name of a GPU; None on the CPU."""
     return torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else None
+
+
+def free_memory() -> None:
+    """Gives back the GPU memory of models that this process has dropped."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_context_broken(error: Exception) -> bool:

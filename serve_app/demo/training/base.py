@@ -13,12 +13,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from serve_app.demo import data, models, ranks
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 from serve_app.demo.training.noise import DROPPED_PROMPTS, add_noise, alphas_cumprod
-from serve_app.demo.training.pictures import encode_pictures
+from serve_app.demo.training.pictures import Pictures, encode_pictures
 
 
 def train_base(stage: Stage, vae: AutoencoderKL, pictures: int, work: Path, out: Path, device: torch.device) -> None:
     tokenizer, tokenizer_2 = models.make_tokenizer("<|endoftext|>"), models.make_tokenizer("!")
-    buckets = encode_pictures("latents", pictures, data.draw_sample, data.Sample.time_ids, vae, tokenizer, work, device)
+    drawn = Pictures("latents", pictures, data.draw_sample, data.Sample.time_ids, tokenizer)
+    buckets = encode_pictures(drawn, vae, work, device)
     torch.manual_seed(SEED)
     first, second = models.make_text_encoders(tokenizer, tokenizer_2)
     for encoder in (first, second):

@@ -39,58 +39,50 @@ class Encoded:
         )
 
 
-@torch.no_grad()
-def encode_pictures(
-    name: str,
-    count: int,
-    draw: Callable[[Scene, int, int, random.Random], data.Sample],
-    time_ids: Callable[[data.Sample], list[float]],
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    work: Path,
-    device: torch.device,
-) -> list[Encoded]:
-    """Draw and encode about `count` pictures, once, one at least in each bucket of `data.SIZES_PX`; kept on disk."""
-    path = work / f"{name}.pt"
+@dataclass(frozen=True)
+class Pictures:
+    """What is drawn for a denoiser: about `count` pictures, one at least in each bucket of `data.SIZES_PX`."""
+
+    name: str
+    count: int
+    draw: Callable[[Scene, int, int, random.Random], data.Sample]
+    time_ids: Callable[[data.Sample], list[float]]
+    tokenizer: CLIPTokenizer
+
+
+def encode_pictures(pictures: Pictures, vae: AutoencoderKL, work: Path, device: torch.device) -> list[Encoded]:
+    """Draws and encodes them, once: they are kept in `work`."""
+    path = work / f"{pictures.name}.pt"
     with ranks.first_rank_first():
         if not path.exists():
-            _encode_pictures(path, name, count, draw, time_ids, vae, tokenizer, work, device)
+            started = time.monotonic()
+            buckets = _encode(pictures, vae.to(device), device)
+            record_seconds(work, pictures.name, time.monotonic() - started)
+            torch.save([vars(bucket) for bucket in buckets], path)
         return [Encoded(**bucket) for bucket in torch.load(path, weights_only=True)]
 
 
 @torch.no_grad()
-def _encode_pictures(
-    path: Path,
-    name: str,
-    count: int,
-    draw: Callable[[Scene, int, int, random.Random], data.Sample],
-    time_ids: Callable[[data.Sample], list[float]],
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    work: Path,
-    device: torch.device,
-) -> None:
-    started = time.monotonic()
-    vae = vae.to(device)
+def _encode(pictures: Pictures, vae: AutoencoderKL, device: torch.device) -> list[Encoded]:
     buckets = []
-    bar = tqdm(total=count, desc=name, mininterval=10)
+    bar = tqdm(total=pictures.count, desc=pictures.name, mininterval=10)
     for (width, height), share in zip(data.SIZES_PX, data.SIZE_SHARES, strict=True):
-        rng = random.Random(f"{SEED} {name} {width}x{height}")
-        scenes = sample_scenes(max(round(count * share), 1), rng.getrandbits(32), held_out=False, alone=ALONE)
+        rng = random.Random(f"{SEED} {pictures.name} {width}x{height}")
+        count = max(round(pictures.count * share), 1)
+        scenes = sample_scenes(count, rng.getrandbits(32), held_out=False, alone=ALONE)
         latents, tokens, ids = [], [], []
         for start in range(0, len(scenes), 32):
-            samples = [draw(scene, width, height, rng) for scene in scenes[start : start + 32]]
+            samples = [pictures.draw(scene, width, height, rng) for scene in scenes[start : start + 32]]
             pixels = torch.stack([data.to_tensor(sample.picture) for sample in samples]).to(device)
             with half_on(device):
                 encoded = vae.encode(pixels).latent_dist.mean
             latents.append((encoded.float() * models.SCALING_FACTOR).half().cpu())
-            tokens.append(tokenize(tokenizer, [sample.text for sample in samples]))
-            ids.append(torch.tensor([time_ids(sample) for sample in samples], dtype=torch.float32))
+            tokens.append(tokenize(pictures.tokenizer, [sample.text for sample in samples]))
+            ids.append(torch.tensor([pictures.time_ids(sample) for sample in samples], dtype=torch.float32))
             bar.update(len(samples))
         buckets.append(Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(ids)))
     bar.close()
-    record_seconds(work, name, time.monotonic() - started)
-    torch.save([vars(bucket) for bucket in buckets], path)
+    return buckets
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from serve_app.demo import data, models, ranks
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 from serve_app.demo.training.noise import DROPPED_PROMPTS, add_noise, alphas_cumprod
-from serve_app.demo.training.pictures import encode_pictures, tokenize
+from serve_app.demo.training.pictures import Pictures, encode_pictures, tokenize
 
 REFINER_SHARE = 0.2
 
@@ -22,16 +22,8 @@ def train_refiner(stage: Stage, pictures: int, work: Path, out: Path, device: to
     """Learns the last fifth of the noise alone, from the base's weights; its text encoder is the base's second."""
     base = StableDiffusionXLPipeline.from_pretrained(out / "base")
     encoder, tokenizer_2 = base.text_encoder_2.to(device), base.tokenizer_2
-    buckets = encode_pictures(
-        "refiner-latents",
-        pictures,
-        data.draw_refiner_sample,
-        data.Sample.refiner_time_ids,
-        base.vae,
-        tokenizer_2,
-        work,
-        device,
-    )
+    drawn = Pictures("refiner-latents", pictures, data.draw_refiner_sample, data.Sample.refiner_time_ids, tokenizer_2)
+    buckets = encode_pictures(drawn, base.vae, work, device)
     torch.manual_seed(SEED)
     unet = models.make_unet(refiner=True)
     start_from_base(unet, base.unet)
