@@ -249,7 +249,9 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own scheduler."""
     import diffusers.schedulers
 
-    name = checkpoint.config("scheduler").get("_class_name", "")
+    # As diffusers' pipelines do: of the class that model_index.json names, whichever saved the configuration.
+    _, named = checkpoint.model_index().get("scheduler") or (None, None)
+    name = named or checkpoint.config("scheduler").get("_class_name", "")
     scheduler_class = getattr(diffusers.schedulers, name, None)
     if scheduler_class is None:
         raise ConfigurationError(f"{checkpoint.folder / 'scheduler'}: diffusers has no scheduler {name!r}")

@@ -11,6 +11,16 @@ from dataclasses import dataclass
 
 from serve_app.schema import ImageRequest
 
+WITH_ETA = {
+    "ddim",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "TCDScheduler",
+}
+"""The scheduler that a request may name, and diffusers' classes, whose step takes SDXL's `eta`."""
+
 # A stage that has no such field by its nature: nobody expects it to act there.
 _NOT_ITS_OWN = "not its own"
 
@@ -78,8 +88,8 @@ def _effects(request: ImageRequest, facts: StageFacts) -> list[_Effect]:
     no_score = (not scored, "this refiner takes a target size instead")
     original, target = request.negative_original_size is not None, request.negative_target_size is not None
 
-    def not_ddim(scheduler: str) -> tuple[bool, str]:
-        return scheduler not in ("ddim", "DDIMScheduler"), "only the ddim scheduler has it"
+    def no_eta(scheduler: str) -> tuple[bool, str]:
+        return scheduler not in WITH_ETA, "of the schedulers by name only ddim has it"
 
     # fmt: off
     return [
@@ -100,8 +110,8 @@ def _effects(request: ImageRequest, facts: StageFacts) -> list[_Effect]:
             _NOT_ITS_OWN,
         ),
         _Effect("guidance_rescale", request.guidance_rescale > 0, first(base_off), first(no_refiner, refiner_off)),
-        _Effect("eta", request.eta > 0, first(not_ddim(facts.base_scheduler)),
-                first(no_refiner, not_ddim(facts.refiner_scheduler))),
+        _Effect("eta", request.eta > 0, first(no_eta(facts.base_scheduler)),
+                first(no_refiner, no_eta(facts.refiner_scheduler))),
         _Effect("target_size", request.target_size is not None, None, first(no_refiner, instead)),
         _Effect("negative_original_size", original,
                 first(base_off, (not target, "the base uses it only with negative_target_size")),

@@ -34,6 +34,7 @@ class Trajectory:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085  # of the "scaled_linear" schedule
     beta_end: float = 0.012
+    own_sigmas: bool = False  # spaced otherwise (Karras's and others'), whatever the fields above say
 
 
 @dataclass(frozen=True)

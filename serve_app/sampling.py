@@ -136,7 +136,8 @@ def predicted_original(
     if getattr(scheduler, "sigmas", None) is not None and scheduler.step_index is not None:
         ratio = float(scheduler.sigmas[scheduler.step_index])
     else:
-        signal = float(scheduler.alphas_cumprod[int(timestep)])
+        # With zero terminal SNR there is none at the first step; diffusers' sigmas end at this much, too.
+        signal = max(float(scheduler.alphas_cumprod[int(timestep)]), 2**-24)
         ratio = ((1 - signal) / signal) ** 0.5
     alpha = (1 + ratio**2) ** -0.5
     sigma = ratio * alpha

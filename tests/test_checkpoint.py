@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from serve_app.checkpoint import (
@@ -17,6 +18,7 @@ from serve_app.checkpoint import (
     Checkpoint,
     check,
     check_sources,
+    load_scheduler,
     load_text_encoder,
     load_unet,
     load_vae,
@@ -135,6 +137,21 @@ def test_the_builder_checks_what_is_here_and_needs_nothing(base: Path, tmp_path:
     shutil.rmtree(base / "vae")
     with pytest.raises(ConfigurationError, match="no vae folder"):
         build_app({"base": {"path": str(base)}})
+
+
+def test_the_scheduler_is_the_one_that_model_index_names(base: Path) -> None:
+    """Its configuration may have been saved by another class: diffusers' pipelines don't look."""
+    checkpoint = Checkpoint(base, None)
+    assert type(load_scheduler(checkpoint)) is type(DiffusionPipeline.from_pretrained(base).scheduler)
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    found = type(load_scheduler(checkpoint))
+    assert found is type(DiffusionPipeline.from_pretrained(base).scheduler) is EulerAncestralDiscreteScheduler
+    index["scheduler"] = ["diffusers", "NoScheduler"]
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigurationError, match="no scheduler 'NoScheduler'"):
+        load_scheduler(checkpoint)
 
 
 def test_a_vae_published_alone(tiny: Path, base: Path, tmp_path: Path) -> None:

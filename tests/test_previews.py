@@ -45,6 +45,20 @@ def test_the_predicted_original_is_the_scheduler_s_own_where_it_tells_one(
         latents = output.prev_sample
 
 
+def test_a_first_step_with_no_signal_left_has_a_preview_too(base: Checkpoint) -> None:
+    """Zero terminal SNR (arXiv 2305.08891): DDIM's first timestep is noise alone."""
+    native = load_scheduler(base)
+    native.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler = make_scheduler(native, "ddim")
+    scheduler.set_timesteps(3)
+    first = scheduler.timesteps[0]
+    assert scheduler.alphas_cumprod[first] == 0
+    latents, velocity = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    ours = predicted_original(scheduler, velocity, first, latents)
+    own = scheduler.step(velocity, first, latents).pred_original_sample
+    torch.testing.assert_close(ours, own, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_a_perfect_model_s_original_is_predicted_by_every_scheduler(base: Checkpoint, name: str) -> None:
     """Where the model tells the very noise that is in the latents, the original is what they were made of."""

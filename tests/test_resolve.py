@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from typing import Any
 
+import diffusers.schedulers
 import pytest
 
 from serve_app.config import Limits
+from serve_app.effects import WITH_ETA
 from serve_app.errors import InvalidRequest
 from serve_app.resolve import ModelFacts, ResolvedRequest, parameters, resolve
 from serve_app.schema import MAX_SEED, ImageRequest
@@ -16,6 +19,7 @@ TARGET_SIZE_REFINER = replace(FACTS, refiner_takes_aesthetic_score=False)
 ENCODES_NEGATIVE = replace(FACTS, base_zeroes_missing_negative=False)
 NATIVE_LMS = replace(FACTS, refiner_native_scheduler="LMSDiscreteScheduler")
 NATIVE_DDIM = replace(FACTS, native_scheduler="DDIMScheduler")
+NATIVE_TCD = replace(FACTS, native_scheduler="TCDScheduler", refiner_native_scheduler="TCDScheduler")
 NATIVE_DDIM_REFINER = replace(FACTS, refiner_native_scheduler="DDIMScheduler")
 
 
@@ -27,6 +31,17 @@ def refusal(facts: ModelFacts = FACTS, limits: Limits = LIMITS, **fields: Any) -
     with pytest.raises(InvalidRequest) as caught:
         resolved(facts, limits, **fields)
     return caught.value
+
+
+def test_the_schedulers_that_take_eta_are_known() -> None:
+    steps = {
+        name: inspect.getattr_static(getattr(diffusers.schedulers, name), "step", None)
+        for name in dir(diffusers.schedulers)
+        if inspect.isclass(getattr(diffusers.schedulers, name))
+    }
+    # Schedulers whose libraries are missing have no step to look at.
+    with_eta = {name for name, step in steps.items() if step and "eta" in inspect.signature(step).parameters}
+    assert {"ddim", *with_eta} == WITH_ETA
 
 
 def test_sizes_default_to_the_checkpoints_own() -> None:
@@ -185,13 +200,14 @@ ACTS: list[tuple[str, ModelFacts, dict[str, Any], str, str]] = [
     ("negative_crops_coords_top_left", TARGET_SIZE_REFINER, NEGATIVE_CROP | BOTH_SIZES, "base",
      "this refiner repeats the positive crop"),
     ("negative_crops_coords_top_left", FACTS, OFF | NEGATIVE_CROP | BOTH_SIZES, "nowhere", "guidance is off"),
-    ("eta", FACTS, {"eta": 0.5}, "nowhere", "only the ddim scheduler has it"),
+    ("eta", FACTS, {"eta": 0.5}, "nowhere", "only ddim has it"),
     ("eta", FACTS, {"eta": 0.5, "scheduler": "ddim"}, "all", ""),
-    ("eta", NATIVE_DDIM, {"eta": 0.5, "scheduler": "heun"}, "nowhere", "only the ddim scheduler has it"),
-    ("eta", NATIVE_DDIM, {"eta": 0.5}, "base", "only the ddim scheduler has it"),
+    ("eta", NATIVE_TCD, {"eta": 0.5}, "all", ""),
+    ("eta", NATIVE_DDIM, {"eta": 0.5, "scheduler": "heun"}, "nowhere", "only ddim has it"),
+    ("eta", NATIVE_DDIM, {"eta": 0.5}, "base", "only ddim has it"),
     ("eta", NATIVE_DDIM, ALONE | {"eta": 0.5}, "all", ""),
-    ("eta", NATIVE_DDIM_REFINER, {"eta": 0.5}, "refiner", "only the ddim scheduler has it"),
-    ("eta", NATIVE_DDIM_REFINER, ALONE | {"eta": 0.5}, "nowhere", "only the ddim scheduler has it"),
+    ("eta", NATIVE_DDIM_REFINER, {"eta": 0.5}, "refiner", "only ddim has it"),
+    ("eta", NATIVE_DDIM_REFINER, ALONE | {"eta": 0.5}, "nowhere", "only ddim has it"),
     *(
         (name, facts, alone | {name: 5.0}, acts, why)
         for name in ("aesthetic_score", "negative_aesthetic_score")

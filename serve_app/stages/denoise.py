@@ -34,6 +34,9 @@ from serve_app.tasks import DenoiseTask, Latents, Stay
 if TYPE_CHECKING:
     from serve_app.tasks import Floats
 
+# Settings of a scheduler that replace the noise levels of its evenly spaced timesteps.
+_OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+
 
 @dataclass
 class Trajectory:
@@ -76,7 +79,10 @@ class Denoiser:
         """What of the checkpoint's scheduler decides its timesteps."""
         config = self._native_scheduler.config
         names = (field.name for field in fields(TrajectoryFacts))
-        return TrajectoryFacts(**{name: config[name] for name in names if config.get(name) is not None})
+        return TrajectoryFacts(
+            **{name: config[name] for name in names if config.get(name) is not None},
+            own_sigmas=any(config.get(name) for name in _OWN_SIGMAS),
+        )
 
     @torch.inference_mode()
     def begin(self, task: DenoiseTask) -> Trajectory:
