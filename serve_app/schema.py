@@ -56,7 +56,7 @@ class ImageRequest(BaseModel):
 
     prompt: str = Field(
         max_length=MAX_PROMPT_CHARS,
-        description="What to draw. CLIP reads 77 tokens; what is cut off is said in `warnings`.",
+        description="What to draw; not empty. CLIP reads 77 tokens; what is cut off is said in `warnings`.",
     )
     prompt_2: str | None = Field(
         None,
@@ -95,7 +95,10 @@ class ImageRequest(BaseModel):
     )
     num_inference_steps: int = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps, base and refiner together.")
     guidance_scale: float = Field(
-        7.5, ge=0.0, le=100.0, description="Classifier-free guidance scale; guidance is on above 1."
+        7.5,
+        ge=0.0,
+        le=100.0,
+        description="Classifier-free guidance scale; guidance is on above 1. 7.5 is Azure's default; diffusers' is 5.",
     )
     guidance_rescale: float = Field(
         0.0,
@@ -103,7 +106,7 @@ class ImageRequest(BaseModel):
         le=1.0,
         description="Rescales the guided noise against overexposure (arXiv 2305.08891, section 3.4).",
     )
-    eta: float = Field(0.0, ge=0.0, le=1.0, description="DDIM's eta; the other schedulers have none.")
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="DDIM's eta; the other schedulers by name have none.")
     scheduler: SchedulerName | None = Field(
         None, description="Scheduler, made from the checkpoint's own configuration; the checkpoint's own if absent."
     )

@@ -57,7 +57,8 @@ def by_openai_url(url: str) -> bytes:
 
 
 def by_hugging_face(url: str) -> bytes:
-    client = InferenceClient(model=f"{url}/hugging-face/text-to-image", token="none")
+    client = InferenceClient(model=f"{url}/hugging-face/text-to-image", token="none", provider="hf-inference")
+    assert client.health_check()
     picture = client.text_to_image(
         PROMPT,
         negative_prompt=NEGATIVE,

@@ -496,6 +496,7 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/v1/models/{name}": {"get"},
         "/swagger.json": {"get"},
         "/hugging-face/text-to-image": {"post"},
+        "/hugging-face/text-to-image/health": {"get"},
         "/sdapi/v1/txt2img": {"post"},
         "/sdapi/v1/progress": {"get"},
         "/sdapi/v1/interrupt": {"post"},

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve_app.config import AppConfig
 from serve_app.errors import StageUnavailable
 from serve_app.http_app import build_http_app
 from serve_app.images import read_parameters
 from serve_app.protocols.infotext import parse_infotext
-from tests.fakes import FakeStages, service
+from serve_app.service import ImageService
+from tests.fakes import FACTS, FakeStages, service
 from tests.test_http_app import JSON, STAGES, a_client, get, post, timing_stages
 
 HUGGING_FACE, TXT2IMG = "/hugging-face/text-to-image", "/sdapi/v1/txt2img"
@@ -224,6 +226,13 @@ async def test_what_webui_s_clients_read_is_there() -> None:
             assert response.status_code == 200 and check(response.json()), path
 
 
+# Hugging Face's, beside its picture
+
+
+async def test_what_its_health_check_asks_is_there() -> None:
+    assert (await get(FakeStages(), HUGGING_FACE + "/health")).json() == {"status": "ok"}
+
+
 # Stability
 
 
@@ -250,6 +259,16 @@ async def test_one_model_is_described_and_an_unknown_one_is_404() -> None:
     assert (await get(FakeStages(), "/v1/models/sdxl")).json()["id"] == "sdxl"
     response = await get(FakeStages(), "/v1/models/gpt-image-1")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_name_with_a_slash_is_found() -> None:
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    images = ImageService(AppConfig(model_names=(name,)), FACTS, FakeStages().stages())
+    async with a_client(images) as client:
+        for spelt in (name, name.replace("/", "%2F")):
+            assert (await client.get(f"/v1/models/{spelt}")).json()["id"] == name
+            response = await client.post(f"/v1/generation/{spelt}/text-to-image", json=BODIES[STABILITY])
+            assert response.status_code == 200, response.text
 
 
 async def test_swagger_in_both_versions() -> None:

@@ -15,7 +15,7 @@ from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded, ServiceE
 from serve_app.protocols import automatic1111, refiner_split
 from serve_app.protocols.automatic1111_fields import OVERRIDES, Txt2ImgFields
 from serve_app.protocols.infotext import infotext, parse_infotext
-from serve_app.resolve import parameters, resolve
+from serve_app.resolve import Trajectory, parameters, resolve
 from serve_app.schema import GeneratedImage, ImageRequest, ImageResult
 from tests.strategies import JSON
 from tests.test_protocol_infotext import FACTS
@@ -27,6 +27,10 @@ PLAIN = ImageRequest(prompt="p", seed=SEED, guidance_scale=7.0, scheduler="euler
 
 def decode(**fields: Any) -> automatic1111.Decoded:
     return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED)
+
+
+def decode_for(fields: dict[str, Any], **of_the_service: Any) -> automatic1111.Decoded:
+    return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED, **of_the_service)
 
 
 def request(**fields: Any) -> ImageRequest:
@@ -165,6 +169,32 @@ def test_a_switch_that_no_cut_makes_is_said() -> None:
 def test_a_switch_without_a_refiner_is_said(fields: dict[str, Any]) -> None:
     (warning,) = decode(refiner_switch_at=0.8, **fields).warnings
     assert warning.startswith("refiner_switch_at has no effect")
+
+
+@pytest.mark.parametrize("fields", [{}, {"refiner_checkpoint": ""}, {"refiner_checkpoint": "refiner"}])
+@pytest.mark.parametrize("by_steps", [True, False])
+def test_a_rule_for_a_switch_without_one_is_said(fields: dict[str, Any], by_steps: bool) -> None:
+    (warning,) = decode(override_settings={"refiner_switch_by_sample_steps": by_steps}, **fields).warnings
+    assert warning.startswith("override_settings.refiner_switch_by_sample_steps has no effect")
+
+
+@pytest.mark.parametrize("fields", [{}, {"refiner_switch_at": 0.8}, {"refiner_switch_at": 1.0}])
+def test_a_refiner_that_the_service_lacks_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="this service has no refiner") as caught:
+        decode_for({"refiner_checkpoint": "sd_xl_refiner_1.0.safetensors"} | fields, refined=False)
+    assert caught.value.param == "refiner_checkpoint"
+    assert decode_for({"refiner_checkpoint": "None"}, refined=False).warnings == ()
+
+
+def test_what_the_answer_could_not_repeat_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="script_args: holds a number that is too large"):
+        automatic1111.decode(b'{"prompt": "p", "script_args": [{"a": 1e999}]}', NAMES, 32, SEED)
+
+
+def test_a_switch_by_steps_that_the_scheduler_spaces_itself_is_said_to_be_rough() -> None:
+    fields = {"refiner_checkpoint": "refiner", "refiner_switch_at": 0.8}
+    (warning,) = decode_for(fields, trajectory=Trajectory(own_sigmas=True)).warnings
+    assert "only about" in warning
 
 
 def test_eta_is_ddims() -> None:

@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from serve_app.errors import InvalidRequest, Overloaded, UnsupportedMediaType
+from serve_app.errors import InvalidRequest, Overloaded, ServiceError, UnsupportedMediaType
 from serve_app.protocols import azure_ml
 from serve_app.schema import GeneratedImage, ImageRequest, ImageResult
+from tests.strategies import JSON
 
 MAX_ROWS = 10
 
@@ -290,7 +293,7 @@ def test_an_error_is_a_message() -> None:
 
 def test_parameters_that_contradict_each_other_are_refused() -> None:
     body = {"input_data": {"prompt": ["p"], "parameters": {"seed": 1}}, "params": {"seed": 2}}
-    assert refusal(body).message == "params: seed is given twice and differs"
+    assert refusal(body).message == "params: 'seed' is given twice and differs"
     body = {"input_data": {"prompt": ["p"]}, "parameters": {"n": 2, "num_images_per_prompt": 3}}
     assert "contradicts" in refusal(body).message
 
@@ -313,3 +316,33 @@ def test_wrong_parameters_are_refused_without_a_row_too() -> None:
     body = b'{"input_data": [], "parameters": {"num_inference_steps": "many"}}'
     with pytest.raises(InvalidRequest, match="num_inference_steps"):
         azure_ml.decode(body, "application/json", 8)
+
+
+NAMES = st.sampled_from([*azure_ml.parameter_names(), "generator", "\ud800", "a\nb"])
+PARAMETERS = st.dictionaries(NAMES, JSON, max_size=3)
+COLUMNS = st.sampled_from([*azure_ml.COLUMNS, "columns", "data", "index", "parameters", "\ud800"])
+INPUTS = (
+    st.dictionaries(COLUMNS, JSON, max_size=4)
+    | st.fixed_dictionaries({"columns": st.just(["prompt"]), "data": st.lists(JSON, max_size=3)})
+    | st.lists(st.dictionaries(COLUMNS, JSON, max_size=3), max_size=3)
+    | st.just({"prompt": ["p"]})
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(INPUTS, PARAMETERS, PARAMETERS)
+def test_no_body_raises_anything_but_an_error_with_one_line(inputs: Any, some: Any, others: Any) -> None:
+    for body in (
+        {"input_data": inputs, "parameters": some},
+        {"input_data": inputs, "parameters": some, "params": others},
+    ):
+        try:
+            decode(body)
+        except ServiceError as error:
+            assert "\n" not in error.message
+            json.dumps(azure_ml.encode_error(error), ensure_ascii=False).encode()
+
+
+def test_a_name_that_no_answer_can_hold_is_shown_as_code() -> None:
+    body = {"input_data": {"prompt": ["p"]}, "parameters": {"\ud800": 1}, "params": {"\ud800": 2}}
+    assert refusal(body).message == r"params: '\ud800' is given twice and differs"

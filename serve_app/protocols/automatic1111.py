@@ -71,13 +71,19 @@ class Decoded:
 
 
 def decode(
-    body: bytes, model_names: tuple[str, ...], max_images: int, random_seed: int, trajectory: Trajectory = SDXL
+    body: bytes,
+    model_names: tuple[str, ...],
+    max_images: int,
+    random_seed: int,
+    refined: bool = True,
+    trajectory: Trajectory = SDXL,
 ) -> Decoded:
     """A body's requests; picture i of all of them has seed `seed` + i. Raises `InvalidRequest`.
 
     Args:
         max_images: the most pictures, `batch_size` times `n_iter`, that one body may ask for.
         random_seed: what `seed` -1 stands for, below 2^32.
+        refined: the service has a refiner.
         trajectory: of the checkpoint's scheduler, to convert `refiner_switch_at`.
     """
     fields = {name: value for name, value in parse_object(body).items() if value is not None}
@@ -107,7 +113,7 @@ def decode(
         request_fields["seed"] = random_seed
     warnings += _scheduler(asked, request_fields)
     warnings += _eta(asked, request_fields)
-    warnings += _refiner(asked, request_fields, model_names, trajectory)
+    warnings += _refiner(asked, request_fields, model_names, refined, trajectory)
     if "prompt" not in request_fields:
         raise InvalidRequest("prompt: field required", param="prompt")
     try:
@@ -115,7 +121,7 @@ def decode(
     except InvalidRequest as error:
         raise in_words(error, COUNTERPARTS) from None
     warnings += _prompt_syntax(requests[0])
-    return Decoded(requests, asked.send_images, DEFAULTS | asked.model_dump(exclude_unset=True), tuple(warnings))
+    return Decoded(requests, asked.send_images, _repeated(asked), tuple(warnings))
 
 
 def encode(
@@ -198,26 +204,31 @@ def _eta(asked: Txt2ImgFields, fields: dict[str, Any]) -> list[str]:
 
 
 def _refiner(
-    asked: Txt2ImgFields, fields: dict[str, Any], model_names: tuple[str, ...], trajectory: Trajectory
+    asked: Txt2ImgFields, fields: dict[str, Any], model_names: tuple[str, ...], refined: bool, trajectory: Trajectory
 ) -> list[str]:
     """Sets `high_noise_frac`, where a refiner or none is asked for."""
-    given = asked.model_fields_set
     switch_at = asked.refiner_switch_at
-    if "refiner_checkpoint" not in given:
+    # What says where to switch, other than what says so by itself: never.
+    where = ["refiner_switch_at"] if switch_at not in (None, 1.0) else []
+    if asked.override_settings.get("refiner_switch_by_sample_steps") is not None:
+        where.append("override_settings.refiner_switch_by_sample_steps")
+    if "refiner_checkpoint" not in asked.model_fields_set:
         # With no word on the refiner the split is the service's own, or the infotext's.
-        return [] if switch_at in (None, 1.0) else ["refiner_switch_at has no effect without refiner_checkpoint"]
+        return [f"{name} has no effect without refiner_checkpoint" for name in where]
     name = asked.refiner_checkpoint or "None"
     if name.lower() == "none":
         fields["high_noise_frac"] = 1.0
-        return [] if switch_at in (None, 1.0) else ["refiner_switch_at has no effect: refiner_checkpoint is none"]
+        return [f"{name} has no effect: refiner_checkpoint is none" for name in where]
     if _bare(name) not in model_names and "refiner" not in name.lower():
         raise InvalidRequest(
             f"refiner_checkpoint: {name[:100]!r} is unknown; send refiner or {model_names[0]}, None for the base alone",
             param="refiner_checkpoint",
         )
+    if not refined:
+        raise InvalidRequest("refiner_checkpoint: this service has no refiner", param="refiner_checkpoint")
     if switch_at is None:
         fields.pop("high_noise_frac", None)
-        return []
+        return [f"{name} has no effect without refiner_switch_at" for name in where]
     steps = fields.get("num_inference_steps", DEFAULTS["steps"])
     if not 1 <= steps <= MAX_STEPS:
         return []  # refused with the request: no split is computed for so many
@@ -228,6 +239,8 @@ def _refiner(
     share = refiner_split.high_noise_frac(fields["scheduler"], steps, wanted, trajectory)
     fields["high_noise_frac"] = share
     got = refiner_split.base_steps(fields["scheduler"], steps, share, trajectory)
+    if trajectory.own_sigmas:
+        return ["refiner_switch_at is met only about: the checkpoint's scheduler spaces its steps in a way of its own"]
     if got == wanted:
         return []
     return [f"refiner_switch_at {switch_at:g} is {wanted} of {steps} steps; the base takes {got}: timesteps coincide"]
@@ -278,6 +291,17 @@ _SETTINGS = {
     "sdxl_refiner_high_aesthetic_score": "aesthetic_score",
     "sdxl_refiner_low_aesthetic_score": "negative_aesthetic_score",
 }
+
+
+def _repeated(asked: Txt2ImgFields) -> dict[str, Any]:
+    """The body as the answer repeats it. Raises `InvalidRequest` where JSON can't: 1e999 is read as infinity."""
+    repeated = DEFAULTS | asked.model_dump(exclude_unset=True)
+    for name, value in repeated.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise InvalidRequest(f"{name}: holds a number that is too large", param=name) from None
+    return repeated
 
 
 def _requests(fields: dict[str, Any], asked: Txt2ImgFields, max_images: int) -> list[ImageRequest]:

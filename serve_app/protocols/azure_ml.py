@@ -56,7 +56,7 @@ def decode(body: bytes, content_type: str | None, max_rows: int) -> Decoded:
         if fields.get(place) is not None:
             for name, value in _parameters(fields[place], place).items():
                 if given.setdefault(name, value) != value:
-                    raise InvalidRequest(f"{place}: {name} is given twice and differs", param=place)
+                    raise InvalidRequest(f"{place}: {name!r} is given twice and differs", param=place)
     warnings = unknown_fields(name for name in fields if name not in _TOP_LEVEL)
     common = _request_fields(given, warnings)
     parse_request({"prompt": "any"} | common)  # wrong parameters are wrong without a row, too

@@ -91,7 +91,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
         async def draw(request_id: str) -> Response:
             content = await read_body(request, limits.max_body_bytes)
             asked = automatic1111.decode(
-                content, names, limits.max_images_in_flight, secrets.randbits(32), facts.trajectory
+                content, names, limits.max_images_in_flight, secrets.randbits(32), facts.refined, facts.trajectory
             )
             results = await drawn(Body.of(asked.requests), request_id)
             response = await json_response(

@@ -16,7 +16,7 @@ ENVELOPES = {"/hugging-face": hugging_face.encode_error}
 
 
 def add_routes(app: FastAPI, service: ImageService) -> None:
-    """`POST /hugging-face/text-to-image`."""
+    """`POST /hugging-face/text-to-image` and the address that `InferenceClient.health_check` asks."""
     limits = service.config.limits
 
     @app.post(
@@ -37,6 +37,10 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             return with_headers(response, [result], asked.warnings)
 
         return await answered(request, draw, hugging_face.encode_error)
+
+    @app.get("/hugging-face/text-to-image/health", tags=["Hugging Face"], summary="What its client's health_check asks")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
 
 
 _SCHEMA = hugging_face.text_to_image_schema()

@@ -47,7 +47,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     async def models() -> dict[str, Any]:
         return openai.encode_models(names, started)
 
-    @app.get("/v1/models/{name}", tags=["OpenAI"], summary="One model", openapi_extra=_MODEL)
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"], summary="One model", openapi_extra=_MODEL)
     async def model(name: str, request: Request) -> Response:
         async def draw(request_id: str) -> Response:
             return JSONResponse(openai.encode_model(name, names, started))

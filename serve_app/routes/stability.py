@@ -20,7 +20,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     limits, names = service.config.limits, service.config.model_names
 
     @app.post(
-        "/v1/generation/{engine}/text-to-image",
+        "/v1/generation/{engine:path}/text-to-image",
         tags=["Stability"],
         summary="Draw pictures",
         openapi_extra=_TEXT_TO_IMAGE,
