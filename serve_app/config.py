@@ -149,6 +149,11 @@ class AppConfig(_Strict):
         "of 5 would cap every batch at 5.",
     )
 
+    @property
+    def checkpoints(self) -> str:
+        """Equal for two configurations that load the same."""
+        return self.model_dump_json(include={"base", "refiner", "vae"})
+
     @model_validator(mode="after")
     def _the_largest_picture_fits_a_batch(self) -> AppConfig:
         needs = {

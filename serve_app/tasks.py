@@ -33,6 +33,10 @@ class Urgency:
         """On the clock of whoever took it at `now`."""
         return None if self.time_left_s is None else now + self.time_left_s
 
+    def after(self, seconds: float) -> Urgency:
+        """The same some seconds later."""
+        return self if self.time_left_s is None else replace(self, time_left_s=self.time_left_s - seconds)
+
 
 @dataclass(frozen=True)
 class EncodeTask:

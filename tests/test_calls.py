@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
+from serve_app.config import AppConfig, ModelSource
 from serve_app.deployments import calls
 from serve_app.deployments.calls import _ReportOnce, retried
-from serve_app.errors import InvalidRequest, Overloaded, StageUnavailable
-from serve_app.tasks import StepReport
+from serve_app.deployments.replica import working
+from serve_app.errors import InvalidRequest, Overloaded, PictureFailed, StageUnavailable
+from serve_app.resolve import resolve
+from serve_app.schema import ImageRequest
+from serve_app.tasks import Conditioning, StepReport, Urgency, base_task, encode_task
+from tests.fakes import FACTS, LIMITS, conditioning
+
+REQUEST = resolve(ImageRequest(prompt="p"), FACTS, LIMITS, "id")
+ENCODE_TASK = encode_task(REQUEST, Urgency())
+DENOISE_TASK = base_task(REQUEST, 0, Conditioning(conditioning(), conditioning()), Urgency())
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +160,62 @@ async def test_stages_of_a_graph_without_a_refiner_have_none() -> None:
     stages = calls.remote_stages(handle, handle, None, handle)
     with pytest.raises(AssertionError):
         await stages.refine(None, None)  # type: ignore[arg-type]
+
+
+class Handle:
+    """Stands for a deployment: keeps what it is sent; the first calls lose their replica, the others answer."""
+
+    deployment_name = "BaseDenoiser"
+
+    def __init__(self, *answers: Any, lost: int = 0) -> None:
+        self.answers, self.lost = list(answers), lost
+        self.sent: list[Any] = []
+        self.run = self.encode = self.decode = self.describe = self
+
+    def remote(self, *arguments: Any) -> Any:
+        self.sent.append(arguments)
+        return self._answer()
+
+    async def _answer(self) -> Any:
+        await asyncio.sleep(0.02)
+        if len(self.sent) <= self.lost:
+            raise StageUnavailable("gone")
+        return self.answers.pop(0) if self.answers else "done"
+
+
+async def test_a_task_that_is_sent_again_has_less_time_left() -> None:
+    urgency = Urgency(priority=3, time_left_s=60.0)
+    for stage, arguments in (
+        ("encode", (replace(ENCODE_TASK, urgency=urgency),)),
+        ("denoise", (replace(DENOISE_TASK, urgency=urgency), None)),
+        ("refine", (replace(DENOISE_TASK, urgency=urgency), None)),
+        ("decode", (np.zeros((4, 8, 8), np.float32), urgency)),
+    ):
+        handle: Any = Handle(lost=2)
+        assert await getattr(calls.remote_stages(handle, handle, handle, handle), stage)(*arguments) == "done"
+        told = [sent[-1] if stage == "decode" else sent[0].urgency for sent in handle.sent]
+        assert [one.priority for one in told] == [3, 3, 3], stage
+        left = [60.0, *(one.time_left_s for one in told)]
+        for before, after, passed in zip(left[:-1], left[1:], (0.0, 0.02, 0.02), strict=True):
+            assert before - after >= 0.9 * passed, stage
+
+
+async def test_a_replica_of_the_former_checkpoints_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_ASK_AGAIN_S", 0.0)
+    new = AppConfig(vae=ModelSource(path="other")).checkpoints
+    assert new != AppConfig().checkpoints
+    assert AppConfig(model_names=("other",)).checkpoints == AppConfig().checkpoints, "the same is loaded"
+    old = {"checkpoints": AppConfig().checkpoints, "native_size_px": 512}
+    handle: Any = Handle(dict(old), dict(old), {"checkpoints": new, "native_size_px": 1024})
+    assert await calls.describe(handle, new) == {"native_size_px": 1024}
+    assert len(handle.sent) == 3
+
+
+def test_what_a_stage_raises_can_be_read_without_its_libraries() -> None:
+    with pytest.raises(RuntimeError) as caught, working():
+        raise torch.OutOfMemoryError("17 GB")
+    assert (type(caught.value), str(caught.value)) == (RuntimeError, "OutOfMemoryError: 17 GB")
+    for own in (PictureFailed("not finite"), asyncio.CancelledError()):
+        with pytest.raises(type(own)) as kept, working():
+            raise own
+        assert kept.value is own

@@ -18,7 +18,7 @@ from ray import serve
 from serve_app.deployments.calls import remote_stages
 from serve_app.errors import PictureFailed
 from serve_app.local import Running
-from serve_app.schema import ImageRequest, parse_request
+from serve_app.schema import ImageRequest, ImageResult, PartialImage, Progress, parse_request
 from serve_app.tasks import Urgency
 from tests.reference import Reference
 from tests.test_graph_batching import stats
@@ -58,6 +58,31 @@ async def test_a_killed_replica_loses_no_request(deployment: str, graph: Running
     assert (await stats(deployment))["pid"] != before["pid"]
     for request, result in zip(requests, results, strict=True):
         assert far_apart(pixels_of(result)[0], reference.draw(request).pixels) <= 1
+
+
+@pytest.mark.parametrize(("deployment", "stage"), [("BaseDenoiser", "denoise"), ("Refiner", "refine")])
+async def test_a_stream_goes_on_over_a_killed_replica(
+    deployment: str, stage: str, graph: Running, reference: Reference
+) -> None:
+    """No step is told twice, no preview is lost or told twice, and the picture is the same."""
+    request = parse_request(LONG | {"high_noise_frac": 0.5})
+    victim = (await stats(deployment))["pid"]
+    told: dict[str, list[int]] = {"denoise": [], "refine": []}
+    previews, results = 0, []
+    async for event in graph.handle.options(stream=True).stream.remote(request, partial_images=3):
+        if isinstance(event, Progress) and event.stage in told and event.step:
+            told[event.stage].append(event.step)
+            if event.stage == stage and event.step == 5:
+                os.kill(victim, signal.SIGKILL)
+        previews += isinstance(event, PartialImage)
+        if isinstance(event, ImageResult):
+            results.append(event)
+    for name, steps in told.items():
+        assert steps == list(range(1, steps[-1] + 1)), name
+    assert previews == 3
+    assert (await stats(deployment))["pid"] != victim
+    (result,) = results
+    assert far_apart(pixels_of(result)[0], reference.draw(request).pixels) <= 1
 
 
 async def _draw(graph: Running, request: ImageRequest) -> Any:

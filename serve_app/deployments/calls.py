@@ -7,9 +7,12 @@ however often it runs, so it is simply sent again, to whichever replica lives.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
@@ -17,13 +20,17 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 
 from serve_app.errors import Overloaded, ServiceError, StageUnavailable
 from serve_app.pipeline import OnStep, Stages
-from serve_app.tasks import DenoiseTask, Latents, StepReport
+from serve_app.tasks import Conditioning, DenoiseTask, EncodeTask, Latents, StepReport, Urgency
+
+if TYPE_CHECKING:
+    from serve_app.tasks import Bytes, Floats
 
 logger = logging.getLogger("ray.serve")
 ResultT = TypeVar("ResultT")
 
 _RETRIES = 3
 _BACKOFF_S = (0.1, 1.0, 4.0)
+_ASK_AGAIN_S, _TELL_EVERY = 0.5, 60
 # OutOfMemoryError: Ray's memory monitor has killed the replica, whoever had filled the memory.
 _LOST = (
     RayActorError,
@@ -43,25 +50,40 @@ def remote_stages(
     async def no_refiner(task: DenoiseTask, on_step: OnStep | None) -> Latents:
         raise AssertionError("no refiner is configured")
 
+    async def encode(task: EncodeTask) -> Conditioning:
+        urgency = _running_out(task.urgency)
+        return await retried("encode", lambda: _result(encoder.encode.remote(replace(task, urgency=urgency()))))
+
+    async def decode(latents: Floats, urgency: Urgency) -> Bytes:
+        left = _running_out(urgency)
+        return await retried("decode", lambda: _result(decoder.decode.remote(latents, left())))
+
     return Stages(
-        encode=lambda task: retried("encode", lambda: _result(encoder.encode.remote(task))),
+        encode=encode,
         denoise=_denoise("denoise", base),
         refine=no_refiner if refiner is None else _denoise("refine", refiner),
-        decode=lambda latents, urgency: retried("decode", lambda: _result(decoder.decode.remote(latents, urgency))),
+        decode=decode,
     )
 
 
 def _denoise(stage: str, handle: DeploymentHandle) -> Callable[[DenoiseTask, OnStep | None], Awaitable[Latents]]:
     async def run(task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        urgency = _running_out(task.urgency)
         if on_step is None:
-            return await retried(stage, lambda: _result(handle.run.remote(task)))
-        reporter = _ReportOnce(on_step)
+            return await retried(stage, lambda: _result(handle.run.remote(replace(task, urgency=urgency()))))
+        reporter, streaming = _ReportOnce(on_step), handle.options(stream=True)
         return await retried(
             stage,
-            lambda: _last(handle.options(stream=True).run_reporting.remote(task), reporter),
+            lambda: _last(streaming.run_reporting.remote(replace(task, urgency=urgency())), reporter),
         )
 
     return run
+
+
+def _running_out(urgency: Urgency) -> Callable[[], Urgency]:
+    """The urgency at each time that it is asked for: a task that is sent again has less time left."""
+    began = time.monotonic()
+    return lambda: urgency.after(time.monotonic() - began)
 
 
 class _ReportOnce:
@@ -80,9 +102,18 @@ class _ReportOnce:
             self._on_step(report)
 
 
-async def describe(handle: DeploymentHandle) -> dict[str, Any]:
-    """What a stage's replica says of its checkpoint."""
-    facts: dict[str, Any] = await retried("describe", lambda: _result(handle.describe.remote()))
+async def describe(handle: DeploymentHandle, checkpoints: str) -> dict[str, Any]:
+    """What a stage's replica says of its checkpoint, once one with `AppConfig.checkpoints` answers.
+
+    While a changed configuration is rolled out, replicas of the former one answer, too.
+    """
+    for attempt in itertools.count():
+        facts: dict[str, Any] = await retried("describe", lambda: _result(handle.describe.remote()))
+        if facts.pop("checkpoints", None) == checkpoints:
+            break
+        if attempt % _TELL_EVERY == 0:
+            logger.info("waiting for a replica of %s that has this configuration's checkpoints", handle.deployment_name)
+        await asyncio.sleep(_ASK_AGAIN_S)
     return facts
 
 

@@ -11,7 +11,7 @@ from ray import serve
 from serve_app import checkpoint
 from serve_app.config import AppConfig
 from serve_app.deployments.metrics import StageMetrics
-from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
+from serve_app.deployments.replica import identity, prepare, working
 from serve_app.engine import StepEngine
 from serve_app.scheduling import Budget
 from serve_app.tasks import DenoiseTask, Latents, StepReport
@@ -41,11 +41,12 @@ class Denoiser:
             settings.scheduler(Budget(settings.max_batch_rows, settings.max_batch_pixels)),
             name=stage,
         )
+        self._checkpoints = config.checkpoints
         self._metrics = StageMetrics(stage)
 
     async def run(self, task: DenoiseTask) -> Latents:
         """Takes one image through this stage's steps."""
-        with ending_when_unavailable():
+        with working():
             return await self._engine.run(task)
 
     async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[StepReport | Latents]:
@@ -56,21 +57,23 @@ class Denoiser:
         try:
             while (event := await events.get()) is not None:
                 yield event
-            with ending_when_unavailable():
+            with working():
                 latents = await work
             yield latents
         finally:
             work.cancel()
 
     async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`."""
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
         if self._stage == "denoise":
             return {
+                "checkpoints": self._checkpoints,
                 "native_size_px": self._denoiser.native_size_px,
                 "native_scheduler": self._denoiser.native_scheduler,
                 "trajectory": self._denoiser.trajectory,
             }
         return {
+            "checkpoints": self._checkpoints,
             "refined": True,
             "refiner_native_scheduler": self._denoiser.native_scheduler,
             "refiner_takes_aesthetic_score": self._denoiser.takes_aesthetic_score,

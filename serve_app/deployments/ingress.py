@@ -34,7 +34,7 @@ class Ingress:
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
         facts: dict[str, Any] = {"embedded_demo": config.base.path == "embedded:base"}
         for part in await asyncio.gather(
-            *(describe(stage) for stage in (encoder, base, refiner, decoder) if stage is not None)
+            *(describe(stage, config.checkpoints) for stage in (encoder, base, refiner, decoder) if stage is not None)
         ):
             facts |= part
         check_native_size(facts["native_size_px"], config.limits)

@@ -13,7 +13,7 @@ import ray
 from ray import serve
 
 from serve_app.config import AppConfig, ComputeConfig, check_max_ongoing_requests
-from serve_app.errors import ConfigurationError, StageUnavailable
+from serve_app.errors import ConfigurationError, ServiceError, StageUnavailable
 
 if TYPE_CHECKING:
     from serve_app.stages.device import Compute
@@ -52,11 +52,20 @@ def identity() -> dict[str, Any]:
 
 
 @contextmanager
-def ending_when_unavailable() -> Iterator[None]:
-    """Ends this process, once the answers under way are out, where the block finds its device lost."""
+def working() -> Iterator[None]:
+    """A stage's own work: what it raises leaves as something that the ingress can read.
+
+    Where the device is lost, this process ends, once the answers under way are out.
+    """
     try:
         yield
     except StageUnavailable:
         logger.error("this replica can't work any more and ends")
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
         raise
+    except ServiceError:
+        raise
+    except Exception as error:
+        # A torch.OutOfMemoryError would bring torch into the ingress, which unpickles it.
+        logger.exception("a task failed")
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None

@@ -10,7 +10,7 @@ from ray import serve
 from serve_app import checkpoint
 from serve_app.config import AppConfig
 from serve_app.deployments.metrics import StageMetrics
-from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
+from serve_app.deployments.replica import identity, prepare, working
 from serve_app.micro_batch import MicroBatcher, SharedCache
 from serve_app.scheduling import Budget
 from serve_app.tasks import Conditioning, EncodeTask
@@ -44,12 +44,13 @@ class TextEncoder:
             name="encode",
         )
         self._cache: SharedCache[TextJob, TextEmbedding] = SharedCache(config.text_encoder.cache_entries)
+        self._checkpoints = config.checkpoints
         self._metrics = StageMetrics("encode")
 
     async def encode(self, task: EncodeTask) -> Conditioning:
         """The conditioning of one request."""
         jobs = self._encoders.jobs(task)
-        with ending_when_unavailable():
+        with working():
             embeddings = await asyncio.gather(
                 *(
                     self._cache.get(job, lambda job=job: self._batcher.submit(job, task.urgency))
@@ -59,8 +60,9 @@ class TextEncoder:
         return self._encoders.assemble(task, dict(zip(jobs, embeddings, strict=True)))
 
     async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`."""
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
         return {
+            "checkpoints": self._checkpoints,
             "clip_skip_max": self._encoders.clip_skip_max,
             "refiner_clip_skip_max": self._encoders.refiner_clip_skip_max,
             "base_zeroes_missing_negative": self._encoders.base_zeroes_missing_negative,

@@ -9,7 +9,7 @@ from ray import serve
 from serve_app import checkpoint
 from serve_app.config import AppConfig
 from serve_app.deployments.metrics import StageMetrics
-from serve_app.deployments.replica import ending_when_unavailable, identity, prepare
+from serve_app.deployments.replica import identity, prepare, working
 from serve_app.errors import PictureFailed
 from serve_app.micro_batch import MicroBatcher
 from serve_app.scheduling import Budget
@@ -40,19 +40,20 @@ class VaeDecoder:
             is_fatal=is_context_broken,
             name="decode",
         )
+        self._checkpoints = config.checkpoints
         self._metrics = StageMetrics("decode")
 
     async def decode(self, latents: Floats, urgency: Urgency) -> Bytes:
         """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
-        with ending_when_unavailable():
+        with working():
             pixels = await self._batcher.submit(latents, urgency)
         if isinstance(pixels, PictureFailed):
             raise pixels
         return pixels
 
     async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`."""
-        return {"preview_map": self._decoder.preview_map}
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
+        return {"checkpoints": self._checkpoints, "preview_map": self._decoder.preview_map}
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""
