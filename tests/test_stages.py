@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,41 @@ def base(tiny: Path) -> Checkpoint:
 def test_auto_is_float32_on_the_cpu() -> None:
     assert set_up(ComputeConfig(), gpu_fraction=0.0) == FLOAT32
     assert set_up(ComputeConfig(dtype="bfloat16")).dtype == torch.bfloat16
+
+
+ALLOCATES = """
+import resource, sys, threading, torch
+from serve_app.config import ComputeConfig
+from serve_app.stages.device import set_up
+if sys.argv[1] == "set-up":
+    set_up(ComputeConfig(torch_threads=1))
+
+def allocate(passes):
+    for _ in range(passes):  # as a forward pass does: several at once, all freed before the next pass
+        tensors = [torch.ones(250_000) for _ in range(8)]
+        del tensors
+
+def count():
+    allocate(20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    allocate(50)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=count)  # as the engine's, whose memory is not the main thread's
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_memory_that_a_pass_frees_is_there_for_the_next_one() -> None:
+    def pages(*arguments: str) -> int:
+        command = [sys.executable, "-c", ALLOCATES, *arguments]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    pages_of_a_pass = 8 * 1_000_000 // os.sysconf("SC_PAGE_SIZE")
+    assert pages("as-it-comes") > 5 * pages_of_a_pass  # or there is nothing to see here
+    assert pages("set-up") < pages_of_a_pass
 
 
 def test_a_gpu_that_was_not_booked_is_not_used() -> None:
