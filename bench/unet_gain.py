@@ -1,8 +1,9 @@
 """What batching gains on this machine: milliseconds a row of the bare UNets by rows of a pass, one thread.
 
-    python -m bench.unet_gain [--json FILE] [--quick]
+    python -m bench.unet_gain [--json FILE] [--quick] [--keep-memory]
 
-With one process, and with two at once, as two replicas on two cores are.
+With one process, and with two at once, as two replicas on two cores are. With --keep-memory they keep what a pass
+frees, as replicas do.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ ROWS = (2, 4, 8, 16, 32)
 MODELS = {"base": 6, "refiner": 5}  # time ids of a row
 
 
-def measure(model: str, seconds: float, start_together: Any = None) -> dict[int, float]:
+def measure(model: str, seconds: float, keep_memory: bool = False, start_together: Any = None) -> dict[int, float]:
     """Milliseconds a row, by rows: the median pass within `seconds`, at least three."""
     import torch
     from diffusers import UNet2DConditionModel
 
     from serve_app.config import DEMO_FOLDER
+    from serve_app.stages.device import keep_freed_memory
 
     torch.set_num_threads(1)
+    if keep_memory:
+        keep_freed_memory()
     unet: Any = UNet2DConditionModel.from_pretrained(DEMO_FOLDER / model / "unet")
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - MODELS[model] * config.addition_time_embed_dim
@@ -50,16 +54,17 @@ def measure(model: str, seconds: float, start_together: Any = None) -> dict[int,
     return figures
 
 
-def _measure_beside(model: str, seconds: float, barrier: Any, results: Any) -> None:
-    results.put(measure(model, seconds, barrier))
+def _measure_beside(model: str, seconds: float, keep_memory: bool, barrier: Any, results: Any) -> None:
+    results.put(measure(model, seconds, keep_memory, barrier))
 
 
-def measure_processes(model: str, seconds: float, processes: int) -> dict[int, float]:
+def measure_processes(model: str, seconds: float, keep_memory: bool, processes: int) -> dict[int, float]:
     """The same in several processes at once: the mean over them."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [
-        context.Process(target=_measure_beside, args=(model, seconds, barrier, results)) for _ in range(processes)
+        context.Process(target=_measure_beside, args=(model, seconds, keep_memory, barrier, results))
+        for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -80,11 +85,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the bare UNet's gain from batching")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keep-memory", action="store_true")
     options = parser.parse_args()
     seconds = 0.2 if options.quick else 1.0
     figures: dict[str, Any] = {}
     for model in MODELS:
-        figures[model] = {f"{count}_processes": measure_processes(model, seconds, count) for count in (1, 2)}
+        figures[model] = {
+            f"{count}_processes": measure_processes(model, seconds, options.keep_memory, count) for count in (1, 2)
+        }
         for name, by_rows in figures[model].items():
             cells = "  ".join(f"{rows} rows {ms:.2f}" for rows, ms in by_rows.items())
             gain = by_rows[ROWS[0]] / min(by_rows.values())

@@ -195,6 +195,8 @@ def test_a_switch_by_steps_that_the_scheduler_spaces_itself_is_said_to_be_rough(
     fields = {"refiner_checkpoint": "refiner", "refiner_switch_at": 0.8}
     (warning,) = decode_for(fields, trajectory=Trajectory(own_sigmas=True)).warnings
     assert "only about" in warning
+    for sampler in ("DDIM", "Euler a"):
+        assert decode_for(fields | {"sampler_name": sampler}, trajectory=Trajectory(own_sigmas=True)).warnings == ()
 
 
 def test_eta_is_ddims() -> None:

@@ -239,7 +239,7 @@ def _refiner(
     share = refiner_split.high_noise_frac(fields["scheduler"], steps, wanted, trajectory)
     fields["high_noise_frac"] = share
     got = refiner_split.base_steps(fields["scheduler"], steps, share, trajectory)
-    if trajectory.own_sigmas:
+    if trajectory.own_sigmas and fields["scheduler"] not in refiner_split.OF_THEIR_OWN:
         return ["refiner_switch_at is met only about: the checkpoint's scheduler spaces its steps in a way of its own"]
     if got == wanted:
         return []

@@ -21,6 +21,8 @@ from serve_app.resolve import Trajectory
 _ONE_MORE = {"dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc"}
 # These keep "linspace" unrounded; all others are whole numbers.
 _UNROUNDED = {"euler", "euler_ancestral", "heun", "lms"}
+OF_THEIR_OWN = {"ddim", "euler_ancestral", "dpmpp_2m_karras"}
+"""Schedulers whose timesteps are these, whichever noise levels the checkpoint's configuration asks for."""
 _KARRAS_RHO = 7.0  # arXiv 2206.00364, equation 5
 _FIRST_REFINED = 1e-6  # a share of the base that no timestep falls into
 
