@@ -79,6 +79,7 @@ async def test_latents_of_each_stage(graph: Running, expected: dict[str, list[Ex
     facts: dict[str, Any] = {}
     for handle in handles[:3]:
         facts |= await handle.describe.remote()
+    del facts["checkpoints"]
     took_part = {"denoise": 0, "refine": 0}
     for name, request in CASES.items():
         recorder = Recorder(remote_stages(*handles))

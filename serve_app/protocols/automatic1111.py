@@ -210,7 +210,7 @@ def _refiner(
     switch_at = asked.refiner_switch_at
     # What says where to switch, other than what says so by itself: never.
     where = ["refiner_switch_at"] if switch_at not in (None, 1.0) else []
-    if asked.override_settings.get("refiner_switch_by_sample_steps") is not None:
+    if asked.override_settings.get("refiner_switch_by_sample_steps") is False:  # true holds anyway
         where.append("override_settings.refiner_switch_by_sample_steps")
     if "refiner_checkpoint" not in asked.model_fields_set:
         # With no word on the refiner the split is the service's own, or the infotext's.
