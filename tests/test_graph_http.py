@@ -41,6 +41,11 @@ def pixels(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)))
 
 
+def mean_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """In grey levels."""
+    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+
+
 def test_openai_client(graph: Running, truth: np.ndarray) -> None:
     client = OpenAI(base_url=f"{graph.url}/v1", api_key="none")
     answer = client.images.generate(prompt=PROMPT, model="sdxl", size="128x128", extra_body=FIELDS)
@@ -127,14 +132,16 @@ def test_warnings_ride_in_body_and_header(http: httpx.Client) -> None:
 def test_a_picture_carries_what_draws_it_again(output_format: str, http: httpx.Client, graph: Running) -> None:
     body = {"prompt": PROMPT, "n": 2, "num_inference_steps": 5, "output_format": output_format, "scheduler": "ddim"}
     answer = http.post("/v1/images/generations", json=body).json()
-    for item in answer["data"]:
-        data = base64.b64decode(item["b64_json"])
+    sent = [base64.b64decode(item["b64_json"]) for item in answer["data"]]
+    for item, data, other in zip(answer["data"], sent, reversed(sent), strict=True):
         assert (Image.open(io.BytesIO(data)).format or "").lower() == output_format
         parameters = read_parameters(data)
         assert parameters is not None and parameters["seed"] == item["seed"]
-        again = graph.handle.generate.remote(ImageRequest(**parameters)).result(timeout_s=60)
-        # A lossy format turns one grey level into a few.
-        assert far_apart(pixels_of(again)[0], pixels(data)) <= (1 if output_format == "png" else 12)
+        again = pixels_of(graph.handle.generate.remote(ImageRequest(**parameters)).result(timeout_s=60))[0]
+        if output_format == "png":
+            assert far_apart(again, pixels(data)) <= 1
+        else:  # single pixels of a lossy format may be anything; the whole is far nearer than another seed's
+            assert mean_distance(again, pixels(data)) < 0.2 * mean_distance(again, pixels(other))
     assert answer["data"][1]["seed"] == answer["data"][0]["seed"] + 1
 
 
