@@ -141,7 +141,7 @@ def test_a_picture_carries_what_draws_it_again(output_format: str, http: httpx.C
         if output_format == "png":
             assert far_apart(again, pixels(data)) <= 1
         else:  # single pixels of a lossy format may be anything; the whole is far nearer than another seed's
-            assert mean_distance(again, pixels(data)) < 0.2 * mean_distance(again, pixels(other))
+            assert mean_distance(again, pixels(data)) < 0.6 * mean_distance(again, pixels(other))
     assert answer["data"][1]["seed"] == answer["data"][0]["seed"] + 1
 
 
