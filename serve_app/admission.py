@@ -16,16 +16,17 @@ _UNKNOWN_RATE_RETRY_S = 5.0
 class Admission:
     """Counts images in flight against a limit.
 
-    `Retry-After` is computed from the rate at which images left during the last minute, as far as there was work.
+    `Retry-After` is computed from the images that left during the last minute and the time they took: that since
+    others had left before them, without the time when there was no work.
     """
 
     def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
         self.max_images = max_images
         self.in_flight = 0
         self._clock = clock
-        self._left: deque[tuple[float, int]] = deque()  # when, and how many
-        self._idle: deque[tuple[float, float]] = deque()  # from when to when there was no work
-        self._idle_since = -math.inf
+        self._left: deque[tuple[float, int, float]] = deque()  # when, how many, and the time they took
+        self._working_since = 0.0  # the last departure, or the end of an idle time
+        self._worked_s = 0.0  # since the last departure, before an idle time
 
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
@@ -42,19 +43,20 @@ class Admission:
                 retry_after_s=wait,
             )
         if not self.in_flight:
-            self._idle.append((self._idle_since, self._clock()))
+            self._working_since = self._clock()
         self.in_flight += images
         finished = False
         try:
             yield
             finished = True
         finally:
-            self.in_flight -= images
             now = self._clock()
-            if not self.in_flight:
-                self._idle_since = now
+            took_s = self._since_departure_s(now)
+            self.in_flight -= images
+            self._working_since, self._worked_s = now, took_s
             if finished and images:
-                self._left.append((now, images))
+                self._left.append((now, images, took_s))
+                self._worked_s = 0.0
             self._forget(now)
 
     def retry_after_s(self, images: int) -> float:
@@ -63,13 +65,14 @@ class Admission:
         self._forget(now)
         if not self._left:
             return _UNKNOWN_RATE_RETRY_S
-        idle_s = sum(end - max(start, now - _WINDOW_S) for start, end in self._idle)
-        rate = sum(count for _, count in self._left) / max(_WINDOW_S - idle_s, 0.001)
+        took_s = sum(took_s for _, _, took_s in self._left) + self._since_departure_s(now)
+        rate = sum(count for _, count, _ in self._left) / max(took_s, 0.001)
         missing = self.in_flight + images - self.max_images
         return float(min(max(math.ceil(missing / rate), 1), 600))
+
+    def _since_departure_s(self, now: float) -> float:
+        return self._worked_s + (now - self._working_since if self.in_flight else 0.0)
 
     def _forget(self, now: float) -> None:
         while self._left and now - self._left[0][0] > _WINDOW_S:
             self._left.popleft()
-        while self._idle and now - self._idle[0][1] > _WINDOW_S:
-            self._idle.popleft()

@@ -91,6 +91,17 @@ def test_images_that_leave_together_took_their_time() -> None:
             assert overloaded(admission, 8).retry_after_s == 14, "nine in 15.25 s of work; the pause counts nothing"
 
 
+def test_images_that_left_after_a_long_stay_count_with_all_of_it() -> None:
+    """Ten took 30 s and left just inside the last minute: one in 3 s, not ten in the moments since."""
+    clock = Clock()
+    admission = Admission(16, clock)
+    draw(admission, clock, 10, 30)
+    clock.now += 59.9
+    with admission.hold(16):
+        clock.now += 0.05
+        assert overloaded(admission, 10).retry_after_s == 31
+
+
 def test_the_rate_forgets_what_is_older_than_a_minute() -> None:
     clock = Clock()
     admission = Admission(4, clock)

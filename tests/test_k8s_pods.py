@@ -183,6 +183,15 @@ def test_no_secret_stands_in_a_manifest() -> None:
     assert variable["valueFrom"] == password["valueFrom"]
 
 
+@every_variant
+def test_the_head_names_the_port_that_the_service_is_made_of(variant: str) -> None:
+    """KubeRay takes the ports of `sdxl-serve-svc` from the head's container alone, and makes none without `serve`."""
+    service = rayservice(variant)["spec"]
+    assert "serveService" not in service
+    for group in groups(variant):
+        assert {"name": "serve", "containerPort": 8000} in container(group)["ports"]
+
+
 def test_metrics_ports_are_the_pods_own() -> None:
     (monitor,) = load_all((K8S / "components" / "monitoring" / "podmonitor.yaml").read_text())
     asked = [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
