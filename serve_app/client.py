@@ -24,8 +24,10 @@ from serve_app.client_wire import (
     ImageEvent,
     Retries,
     ServiceUnreachable,
+    StreamBroken,
     StreamReader,
     UnexpectedAnswer,
+    broken_streams,
     checked,
     clear_faults,
     error_of,
@@ -39,7 +41,7 @@ from serve_app.errors import ServiceError
 from serve_app.protocols.info import ServiceInfo
 from serve_app.schema import ImageRequest, ImageResult
 
-__all__ = ["AsyncClient", "Client", "ImageEvent", "ServiceUnreachable", "UnexpectedAnswer"]
+__all__ = ["AsyncClient", "Client", "ImageEvent", "ServiceUnreachable", "StreamBroken", "UnexpectedAnswer"]
 
 
 class Client:
@@ -48,7 +50,8 @@ class Client:
     Threads may share one. Every method raises `ServiceError`s: the class is that of the fault (`InvalidRequest`,
     `Overloaded`, ...), `param` the field at fault, `retry_after_s` when to come back. A 503 is tried again,
     `max_retries` times, after the time it names; so is a connection that breaks before anything of its answer was
-    handed out. A 4xx and a refused connection are not.
+    handed out, though once only where pictures were on their way: a time limit may have cut it. A 4xx and a refused
+    connection are not.
 
     Args:
         url: address of the service, e.g. http://127.0.0.1:8000.
@@ -133,8 +136,9 @@ class Client:
                 response.read()
                 raise error_of(response)
             reader = StreamReader(asked.request.n, response.headers.get("x-request-id", ""))
-            for chunk in response.iter_bytes():
-                yield from reader.feed(chunk)
+            with broken_streams(self._http):
+                for chunk in response.iter_bytes():
+                    yield from reader.feed(chunk)
             reader.end()
 
     def _get(self, path: str) -> httpx.Response:
@@ -229,9 +233,10 @@ class AsyncClient:
                     await response.aread()
                     raise error_of(response)
                 reader = StreamReader(asked.request.n, response.headers.get("x-request-id", ""))
-                async for chunk in response.aiter_bytes():
-                    for event in reader.feed(chunk):
-                        yield event
+                with broken_streams(self._http):
+                    async for chunk in response.aiter_bytes():
+                        for event in reader.feed(chunk):
+                            yield event
                 reader.end()
 
     async def _get(self, path: str) -> httpx.Response:

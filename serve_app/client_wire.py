@@ -39,6 +39,7 @@ GENERATIONS = "/v1/images/generations"
 # A service that says to come back later than this is left to the caller, who finds `retry_after_s` on the error.
 MAX_WAIT_S = 60.0
 _UNSAID_WAIT_S = 1.0
+_CUT = "the connection ended before the pictures were finished: a process died, or a time limit is over"
 
 
 class ServiceUnreachable(ServiceError):
@@ -46,6 +47,13 @@ class ServiceUnreachable(ServiceError):
 
     status = 503
     code = "unreachable"
+
+
+class StreamBroken(ServiceUnreachable):
+    """A connection that ended while the pictures were on their way.
+
+    A process that died does that, and so does a time limit: the service's `request_timeout_s`, or one before it.
+    """
 
 
 class UnexpectedAnswer(ServiceError):
@@ -96,6 +104,8 @@ class Retries:
         """Seconds to wait before the next try. Raises the error where there is none, as once its answer has begun."""
         if begun or error.status != 503 or error.retry_after_s is None:
             raise error
+        if isinstance(error, StreamBroken):
+            self.left = min(self.left, 1)  # where a time limit cut it, another try ends the same way
         if self.left <= 0 or error.retry_after_s > MAX_WAIT_S:
             raise error
         self.left -= 1
@@ -132,9 +142,7 @@ class StreamReader:
     def end(self) -> None:
         """The connection has ended. Raises where the result has not come."""
         if not self._ended:
-            raise ServiceUnreachable(
-                "the connection ended before the pictures were finished", retry_after_s=_UNSAID_WAIT_S
-            )
+            raise StreamBroken(_CUT, retry_after_s=_UNSAID_WAIT_S)
 
     def _event(self, data: bytes) -> Iterator[ImageEvent]:
         try:
@@ -160,7 +168,8 @@ class StreamReader:
         self._ended = True
         pictures = [self._pictures[index] for index in range(self.images)]
         timings = [StageTiming(**timing) for timing in last["timings"]]
-        return ImageResult(pictures, last["warnings"], timings, self.request_id, last["created_at"])
+        tokens = last["usage"]["input_tokens"]
+        return ImageResult(pictures, last["warnings"], timings, self.request_id, last["created_at"], tokens)
 
 
 def _picture(event: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +209,15 @@ def clear_faults(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
         raise ServiceUnreachable(f"{url}: {_said(error)}", retry_after_s=_UNSAID_WAIT_S) from None
     except httpx.HTTPError as error:
         raise ServiceUnreachable(f"{url}: {_said(error)}") from None
+
+
+@contextmanager
+def broken_streams(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+    """Within `clear_faults`: says of a connection that breaks that the pictures were on their way."""
+    try:
+        yield
+    except (httpx.ReadError, httpx.RemoteProtocolError):
+        raise StreamBroken(f"{str(http.base_url).rstrip('/')}: {_CUT}", retry_after_s=_UNSAID_WAIT_S) from None
 
 
 def _said(error: Exception) -> str:

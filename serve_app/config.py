@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from serve_app.errors import ConfigurationError, first_fault
 from serve_app.scheduling import POLICIES, Budget, PolicyName, StepScheduler
-from serve_app.schema import MAX_STEPS
+from serve_app.schema import DEFAULT_STEPS, MAX_STEPS
 
 _EMBEDDED = ("embedded:base", "embedded:refiner")
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -76,7 +76,7 @@ class SchedulingConfig(ComputeConfig):
         "first_come", description="The order of equally urgent work; priority and deadline go before it."
     )
     patience: int = Field(
-        100, ge=0, description="How many forward passes may go to work that came later before what waits goes first."
+        100, ge=1, description="How many forward passes may go to work that came later before what waits goes first."
     )
 
     def scheduler(self, budget: Budget) -> StepScheduler:
@@ -122,6 +122,8 @@ class Limits(_Strict):
             raise ValueError(f"min_side_px {self.min_side_px} is above max_side_px {self.max_side_px}")
         if self.min_side_px**2 > self.max_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_side_px squared, {self.min_side_px**2}")
+        if self.max_steps < DEFAULT_STEPS:
+            raise ValueError(f"max_steps {self.max_steps} is below the {DEFAULT_STEPS} of a request that names none")
         return self
 
 
@@ -145,8 +147,8 @@ class AppConfig(_Strict):
     max_ongoing_requests: int = Field(
         512,
         ge=1,
-        description="Requests a replica of a tensor stage holds at once, running and waiting. Ray's default "
-        "of 5 would cap every batch at 5.",
+        description="Requests a replica, of a tensor stage or the ingress, holds at once, running and waiting. Ray's "
+        "default of 5 would cap every batch at 5.",
     )
 
     @property
@@ -167,6 +169,12 @@ class AppConfig(_Strict):
                     f"{stage}.max_batch_pixels is {pixels}, below {rows * self.limits.max_pixels}: "
                     f"{rows} row{'s' * (rows > 1)} of limits.max_pixels ({self.limits.max_pixels})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _the_refiners_settings_have_a_refiner(self) -> AppConfig:
+        if self.refiner is None and "refiner_denoiser" in self.model_fields_set:
+            raise ValueError("refiner_denoiser is given, but refiner is absent")
         return self
 
     @model_validator(mode="after")

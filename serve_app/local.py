@@ -48,6 +48,7 @@ def running(
     options["host"] = host or options.get("host", "127.0.0.1")
     options["port"] = options.get("port", 8000) if port is None else port
     own = address is None
+    http = http and config.proxy_location != "Disabled"
     if http and own:
         _check_port_free(options["host"], options["port"])
     if own:
@@ -77,8 +78,10 @@ def running(
             )
         except RuntimeError as error:
             raise ConfigurationError(_reason(str(error))) from None
-        url = f"http://{options['host']}:{options['port']}{config.route_prefix.rstrip('/')}"
-        yield Running(handle, url if http and own else None, ray.get_runtime_context().gcs_address)
+        url = None
+        if http and own and config.route_prefix is not None:
+            url = f"http://{options['host']}:{options['port']}{config.route_prefix.rstrip('/')}"
+        yield Running(handle, url, ray.get_runtime_context().gcs_address)
     finally:
         if not own:
             serve.delete(APP_NAME)  # the cluster and what else it serves are not ours

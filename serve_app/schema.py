@@ -35,6 +35,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 StageName = Literal["encode", "denoise", "refine", "decode"]
 
 MAX_PROMPT_CHARS = 4_000
+DEFAULT_STEPS = 50
 MAX_STEPS = 500
 MAX_IMAGES = 10
 MAX_SEED = 2**63 - 1
@@ -93,7 +94,9 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Seed of the first picture; drawn and returned if absent."
     )
-    num_inference_steps: int = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps, base and refiner together.")
+    num_inference_steps: int = Field(
+        DEFAULT_STEPS, ge=1, le=MAX_STEPS, description="Denoising steps, base and refiner together."
+    )
     guidance_scale: float = Field(
         7.5,
         ge=0.0,
@@ -214,7 +217,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
 class GeneratedImage:
     """One finished picture: the bytes of its file and the seed that draws it again."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     seed: int
     output_format: OutputFormat
     width: int
@@ -271,7 +274,7 @@ class PartialImage:
 
     image: int
     index: int
-    data: bytes
+    data: bytes = field(repr=False)
     output_format: OutputFormat
     width: int
     height: int

@@ -5,6 +5,7 @@ Ray ignores unknown keys in these files without a word; here they are errors tha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from ray.serve import Deployment
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import AppConfig, check_max_ongoing_requests, parse_config
@@ -21,6 +23,7 @@ from serve_app.graph import APP_NAME, DEPLOYMENTS
 IMPORT_PATH = "serve_app.graph:build_app"
 _TAKEN = {"proxy_location", "http_options", "logging_config", "applications"}
 _TAKEN_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments", "logging_config"}
+_TAKEN_OF_DEPLOYMENT = inspect.signature(Deployment.options).parameters
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -32,7 +35,7 @@ class ServeConfig:
     deployments: dict[str, dict[str, Any]]  # deployment name -> options
     http_options: dict[str, Any]
     proxy_location: str
-    route_prefix: str
+    route_prefix: str | None  # None: no HTTP
     logging_config: dict[str, Any]
     only_by_ray: tuple[str, ...] = ()  # settings that Ray's own ways of deploying take, `sdxl-serve serve` doesn't
 
@@ -78,11 +81,17 @@ def check_serve_config(content: Any) -> ServeConfig:
         deployments={options["name"]: dict(options) for options in deployments},
         http_options=dict(content.get("http_options") or {}),
         proxy_location=str(content.get("proxy_location") or "EveryNode"),
-        route_prefix=application.get("route_prefix", "/") or "/",
+        route_prefix=application.get("route_prefix", "/"),
         logging_config=application.get("logging_config") or content.get("logging_config") or _QUIET,
         only_by_ray=(
             *(key for key in content if key not in _TAKEN),
             *(f"applications.0.{key}" for key in application if key not in _TAKEN_OF_APPLICATION),
+            *(
+                f"applications.0.deployments.{position}.{key}"
+                for position, options in enumerate(deployments)
+                for key in options
+                if key not in _TAKEN_OF_DEPLOYMENT
+            ),
         ),
     )
 

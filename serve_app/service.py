@@ -97,7 +97,8 @@ class ImageService:
     ) -> AsyncGenerator[StreamEvent, None]:
         """Draws one request and yields its events on the way; the result comes last.
 
-        `partial_images`: previews of each image, 0 to 3. Without `progress` and previews the denoisers report nothing.
+        `partial_images`: previews of each image, 0 to 3; fewer come where the steps are fewer.
+        Without `progress` and previews the denoisers report nothing.
         The first event is `Accepted`: what is wrong with a request is raised before.
         """
         if not 0 <= partial_images <= MAX_PARTIAL_IMAGES:

@@ -52,6 +52,10 @@ def test_faults_are_one_line(arguments: list[str], line: str, capsys: pytest.Cap
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(line)
 
 
+def without_refiner(content: dict[str, Any]) -> None:
+    del content["applications"][0]["args"]["refiner"], content["applications"][0]["args"]["refiner_denoiser"]
+
+
 def written(tmp_path: Path, change: Any) -> Path:
     content = yaml.safe_load(DEMO_CONFIG.read_text())
     change(content)
@@ -68,7 +72,7 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (lambda c: c["applications"][0]["deployments"][0].update(num_replica=2), "num_replica: unknown key"),
         (lambda c: c["applications"][0]["deployments"][1].update(max_ongoing_requests=5), "cap batches silently"),
         (lambda c: c["applications"][0].update(import_path="other:app"), "import_path: 'other:app'"),
-        (lambda c: c["applications"][0]["args"].pop("refiner"), "Refiner, but args.refiner is absent"),
+        (without_refiner, "Refiner, but args.refiner is absent"),
         (
             lambda c: c["applications"][0]["args"]["limits"].update(max_side_px=8),
             "min_side_px 64 is above max_side_px 8",
@@ -85,11 +89,23 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert complaint in error and error.count("\n") == 1
 
 
-def test_serve_refuses_what_only_rays_own_way_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = written(tmp_path, lambda c: c["applications"][0].update(runtime_env={"env_vars": {"A": "1"}}))
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda c: c["applications"][0].update(runtime_env={"env_vars": {"A": "1"}}), "runtime_env"),
+        (
+            lambda c: c["applications"][0]["deployments"][1].update(rolling_update_percentage=0.5),
+            "deployments.1.rolling_update_percentage",
+        ),
+    ],
+)
+def test_serve_refuses_what_only_rays_own_way_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, key: str
+) -> None:
+    path = written(tmp_path, change)
     assert main(["check", str(path)]) == 0
     assert main(["serve", str(path)]) == 1
-    assert "applications.0.runtime_env: not supported here" in capsys.readouterr().err
+    assert f"applications.0.{key}: not supported here" in capsys.readouterr().err
 
 
 def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,9 +166,23 @@ def test_the_gpu_configurations_serve_the_same_published_checkpoints() -> None:
 def test_a_pixel_budget_must_hold_the_largest_picture() -> None:
     limits = {"max_pixels": 10_000, "min_side_px": 64}
     for stage, rows in (("base_denoiser", 2), ("refiner_denoiser", 2), ("vae_decoder", 1)):
-        parse_config({"limits": limits, stage: {"max_batch_pixels": rows * 10_000}})
+        app = {"limits": limits, "refiner": {"path": "embedded:refiner"}}
+        parse_config(app | {stage: {"max_batch_pixels": rows * 10_000}})
         with pytest.raises(ConfigurationError, match=f"{stage}.max_batch_pixels is {rows * 10_000 - 1}"):
-            parse_config({"limits": limits, stage: {"max_batch_pixels": rows * 10_000 - 1}})
+            parse_config(app | {stage: {"max_batch_pixels": rows * 10_000 - 1}})
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ({"limits": {"max_steps": 49}}, "limits: max_steps 49 is below the 50 of a request that names none"),
+        ({"refiner_denoiser": {}}, "args: refiner_denoiser is given, but refiner is absent"),
+        ({"base_denoiser": {"patience": 0}}, "base_denoiser.patience: Input should be greater than or equal to 1"),
+    ],
+)
+def test_settings_that_nothing_would_follow_are_refused(args: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(reason)):
+        parse_config(args)
 
 
 def test_the_policy_is_one_of_those_there_are() -> None:

@@ -110,7 +110,6 @@ def test_a_row_outdoes_the_parameters() -> None:
         {"columns": ["prompt", "prompt"], "data": [["p", "q"]]},
         {"columns": ["text"], "data": ["p"]},
         {"columns": [], "data": []},
-        {"columns": ["prompt"], "data": ["p"], "rows": []},
         {"columns": ["prompt"], "data": [None]},
         ["p"],
         ["p", {"prompt": "p"}],
@@ -204,10 +203,17 @@ def test_the_earlier_containers_parameters_act() -> None:
     for body in (
         {"input_data": {"columns": ["prompt"], "data": ["p"], "parameters": given}},
         {"input_data": {"prompt": ["p"], "parameters": given}},
+        {"input_data": {"columns": ["prompt"], "data": ["p"], "params": given}},
+        {"input_data": {"prompt": ["p"], "params": given}},
         {"input_data": [{"prompt": "p"}], "parameters": given},
         {"input_data": [{"prompt": "p"}], "params": given},
     ):
         assert decode(body) == azure_ml.Decoded([wanted], ())
+
+
+def test_an_unknown_key_beside_the_columns_warns() -> None:
+    decoded = decode({"input_data": {"columns": ["prompt"], "data": ["p"], "rows": []}})
+    assert decoded == azure_ml.Decoded([P], ("input_data.rows is unknown and was ignored",))
 
 
 def test_a_null_parameter_is_absent() -> None:

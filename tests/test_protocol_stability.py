@@ -145,7 +145,6 @@ def test_what_has_no_effect_is_said(fields: dict[str, Any], warning: str) -> Non
         ("text_prompts", [{"text": " "}]),
         ("text_prompts", [{"weight": 1}]),
         ("text_prompts", [{"text": "p", "weight": "1"}]),
-        ("text_prompts", [{"text": "p", "x": 1}]),
         ("text_prompts", [{"text": "p"}] * 11),
         ("text_prompts", [{"text": "p"}, {"text": "x" * 4001, "weight": -1}]),
         ("cfg_scale", 36),
@@ -166,6 +165,11 @@ def test_a_wrong_value_is_refused_and_its_field_named(name: str, wrong: Any) -> 
     error = refusal(**{name: wrong})
     assert error.param == name
     assert error.message.startswith(name)
+
+
+def test_an_unknown_field_of_a_prompt_warns() -> None:
+    asked = decode(text_prompts=[{"text": "p"}, {"text": "n", "weight": -1, "x": 1}])
+    assert (asked.request.negative_prompt, asked.warnings) == ("n", ("text_prompts.1.x is unknown and was ignored",))
 
 
 def test_a_body_without_prompts_is_refused() -> None:

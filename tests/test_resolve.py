@@ -80,9 +80,9 @@ def test_the_checkpoints_own_size_is_held_to_the_limits_too() -> None:
 
 
 def test_steps_stay_within_the_limit() -> None:
-    limits = Limits(max_steps=20)
-    assert resolved(limits=limits, num_inference_steps=20).num_inference_steps == 20
-    assert refusal(limits=limits, num_inference_steps=21).param == "num_inference_steps"
+    limits = Limits(max_steps=60)
+    assert resolved(limits=limits, num_inference_steps=60).num_inference_steps == 60
+    assert refusal(limits=limits, num_inference_steps=61).param == "num_inference_steps"
 
 
 def test_clip_skip_is_bounded_by_the_layers_of_the_encoders_in_use() -> None:

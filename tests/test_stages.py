@@ -8,7 +8,9 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 
 from serve_app.checkpoint import Checkpoint
 from serve_app.config import ComputeConfig
-from serve_app.errors import ConfigurationError, PictureFailed
+from serve_app.errors import ConfigurationError, InvalidRequest, PictureFailed
 from serve_app.stages.decode import Decoder
 from serve_app.stages.denoise import Denoiser
 from serve_app.stages.device import Compute, is_context_broken, set_up
@@ -147,6 +149,34 @@ def test_a_forward_pass_changes_no_state(base: Checkpoint) -> None:
     first, second = denoiser.forward([state])[0], denoiser.forward([state])[0]
     assert torch.equal(first, second)
     assert torch.equal(state.latents, before) and state.index == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "fields", "param"),
+    [
+        ({"use_beta_sigmas": True}, {"scheduler": "dpmpp_2m_karras"}, "scheduler"),
+        ({"_class_name": "LCMScheduler"}, {"num_inference_steps": 60}, "num_inference_steps"),
+    ],
+)
+def test_what_the_checkpoints_scheduler_refuses_is_the_requests_fault(
+    tiny: Path, tmp_path: Path, own: dict[str, Any], fields: dict[str, Any], param: str
+) -> None:
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    for name, change in (
+        ("scheduler/scheduler_config.json", lambda c: c | own),
+        ("model_index.json", _with_class(own)),
+    ):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    denoiser = Denoiser(Checkpoint(tmp_path / "base", None), FLOAT32)
+    denoiser.begin(task())
+    with pytest.raises(InvalidRequest, match=f"^{param}: ") as caught:
+        denoiser.begin(task(**fields))
+    assert caught.value.param == param and "\n" not in caught.value.message
+
+
+def _with_class(own: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda index: index | ({"scheduler": ["diffusers", own["_class_name"]]} if "_class_name" in own else {})
 
 
 def test_shapes_that_cannot_share_a_pass_have_other_keys(base: Checkpoint) -> None:

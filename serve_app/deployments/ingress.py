@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig
 from serve_app.deployments.calls import describe, remote_stages
+from serve_app.deployments.replica import check_options
 from serve_app.http_app import build_http_app
 from serve_app.resolve import ModelFacts, check_native_size
 from serve_app.schema import ImageRequest, ImageResult, StreamEvent
@@ -31,6 +32,7 @@ class Ingress:
         refiner: DeploymentHandle | None,
         decoder: DeploymentHandle,
     ) -> None:
+        check_options(config)
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
         facts: dict[str, Any] = {"embedded_demo": config.base.path == "embedded:base"}
         for part in await asyncio.gather(

@@ -29,16 +29,24 @@ def prepare(config: AppConfig, compute: ComputeConfig) -> Compute:
     """Checks this replica's deployment options and sets up its device."""
     from serve_app.stages.device import set_up
 
+    check_options(config)
+    gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+    chosen = set_up(compute, gpu_fraction=gpus)
+    logger.info("computing on %s in %s, %g GPU", chosen.device, chosen.dtype, gpus)
+    return chosen
+
+
+def check_options(config: AppConfig) -> None:
+    """Refuses deployment options that would cap batches silently, as far as one replica knows them.
+
+    `sdxl-serve check` knows the number of the ingress's replicas as well.
+    """
     options = getattr(serve.get_replica_context(), "_deployment_config", None)
     if options is not None:
         try:
             check_max_ongoing_requests(config, options.max_ongoing_requests, "max_ongoing_requests")
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-    gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-    chosen = set_up(compute, gpu_fraction=gpus)
-    logger.info("computing on %s in %s, %g GPU", chosen.device, chosen.dtype, gpus)
-    return chosen
 
 
 def identity() -> dict[str, Any]:

@@ -54,7 +54,7 @@ from serve_app.schema import (
 
 _PLAIN_PROMPT = (
     ("extra networks", re.compile(r"<\w{1,20}:[^<>]*>")),
-    ("attention weights", re.compile(r"\(\(|\([^()]*:\s*[\d.]+\s*\)")),
+    ("attention weights", re.compile(r"(?<!\\)(\(|\[[^\[\]:|]*\])")),
     ("prompt editing", re.compile(r"\[[^\[\]:]*:[^\[\]]*\]")),
     ("AND and BREAK", re.compile(r"\b(AND|BREAK)\b")),
 )

@@ -27,7 +27,7 @@ FIELDS: dict[str, str] = {
     "input_data.data": "The rows.",
     "input_data.index": "Names nothing; one that is not as long as the data is refused.",
     "parameters": "As input_data.parameters.",
-    "params": "As input_data.parameters, in MLflow's word.",
+    "params": "As input_data.parameters, in MLflow's word; within input_data as well.",
 }
 _COLUMNS = ("prompt", "negative_prompt")
 _RENAMED = {"num_images_per_prompt": "n"}
@@ -49,15 +49,13 @@ def decode(body: bytes, content_type: str | None, max_rows: int) -> Decoded:
     fields = _object(body)
     if fields.get("input_data") is None:
         raise InvalidRequest("A value is not provided for the 'input_data' parameter.", param="input_data")
-    rows, given = _rows(fields["input_data"])
+    warnings = unknown_fields(name for name in fields if name not in _TOP_LEVEL)
+    rows, given = _rows(fields["input_data"], warnings)
     if len(rows) > max_rows:  # here, before each is read: that alone would take seconds
         raise _bad(f"{len(rows)} rows, this service takes at most {max_rows}")
     for place in ("parameters", "params"):  # `params` is MLflow's
         if fields.get(place) is not None:
-            for name, value in _parameters(fields[place], place).items():
-                if given.setdefault(name, value) != value:
-                    raise InvalidRequest(f"{place}: {name!r} is given twice and differs", param=place)
-    warnings = unknown_fields(name for name in fields if name not in _TOP_LEVEL)
+            _add_parameters(given, _parameters(fields[place], place), place)
     common = _request_fields(given, warnings)
     parse_request({"prompt": "any"} | common)  # wrong parameters are wrong without a row, too
     requests = [parse_request(_row_fields(row, common)) for row in rows]
@@ -105,7 +103,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _rows(input_data: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _rows(input_data: Any, warnings: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of any shape, and the parameters that stand among them."""
     if isinstance(input_data, list):
         if not all(isinstance(row, dict) for row in input_data):
@@ -117,12 +115,14 @@ def _rows(input_data: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if input_data.get("parameters") is not None:
         given = _parameters(input_data["parameters"], "input_data.parameters")
     columns = {name: value for name, value in input_data.items() if name != "parameters"}
+    if isinstance(columns.get("params"), dict):  # a column would be a list
+        _add_parameters(given, columns.pop("params"), "input_data.params")
     if "data" in columns or "columns" in columns or "index" in columns:
-        return _split_rows(columns), given
+        return _split_rows(columns, warnings), given
     return _column_rows(columns), given
 
 
-def _split_rows(table: dict[str, Any]) -> list[dict[str, Any]]:
+def _split_rows(table: dict[str, Any], warnings: list[str]) -> list[dict[str, Any]]:
     """pandas' `split` orientation: columns, data, and an index that names nothing here."""
     columns, data, index = table.get("columns"), table.get("data"), table.get("index")
     if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
@@ -133,9 +133,7 @@ def _split_rows(table: dict[str, Any]) -> list[dict[str, Any]]:
         raise _bad("'data' must be a list of rows")
     if index is not None and (not isinstance(index, list) or len(index) != len(data)):
         raise _bad(f"'index' must be a list of {len(data)} entries, one a row")
-    unknown = [name for name in table if name not in ("columns", "data", "index")]
-    if unknown:
-        raise _bad(f"{unknown[0]!r} does not go with 'columns' and 'data'")
+    warnings += unknown_fields(f"input_data.{name}" for name in table if name not in ("columns", "data", "index"))
     rows = []
     for row in data:
         if isinstance(row, dict):
@@ -164,6 +162,12 @@ def _parameters(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise InvalidRequest(f"{where} must be an object", param=where)
     return dict(given)
+
+
+def _add_parameters(given: dict[str, Any], more: dict[str, Any], where: str) -> None:
+    for name, value in more.items():
+        if given.setdefault(name, value) != value:
+            raise InvalidRequest(f"{where}: {name!r} is given twice and differs", param=where)
 
 
 def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any]:

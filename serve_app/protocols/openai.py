@@ -325,10 +325,10 @@ IMAGES_SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 STREAM_SCHEMA: dict[str, Any] = {
     "description": "With `stream`: server-sent events, each a JSON object whose `type` is the event's name. "
-    "`image_generation.partial_image` (`partial_images` of them a picture), `image_generation.completed` (one a "
-    "picture, as soon as it is finished; the last one holds `usage`, `warnings` and `timings`), with `progress` "
-    "`image_generation.progress` (`stage`, `step`, `steps`, `queue_position`); all with `image_index`. A fault on the "
-    "way is an event `error` with the error envelope.",
+    "`image_generation.partial_image` (`partial_images` of them a picture, fewer where its stages have fewer steps), "
+    "`image_generation.completed` (one a picture, as soon as it is finished; the last one holds `usage`, `warnings` "
+    "and `timings`), with `progress` `image_generation.progress` (`stage`, `step`, `steps`, `queue_position`); all "
+    "with `image_index`. A fault on the way is an event `error` with the error envelope.",
     "examples": [
         'event: image_generation.completed\ndata: {"type":"image_generation.completed","b64_json":"iVBORw0KGgo...",'
         '"created_at":1,"size":"1024x1024","quality":"auto","background":"opaque","output_format":"png",'

@@ -43,7 +43,7 @@ ClipGuidance = Literal["NONE", "FAST_BLUE", "FAST_GREEN", "SIMPLE", "SLOW", "SLO
 
 
 class TextPrompt(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
     text: str
     weight: float | None = 1.0
@@ -134,6 +134,10 @@ def decode(body: bytes, engine: str, accept: str | None, model_names: tuple[str,
             warnings.append(f"{name} has no effect on SDXL")
     request_fields = {name: value for name, value in asked.extras.items() if name in EXTRAS and value is not None}
     warnings += unknown_fields(f"extras.{name}" for name in asked.extras if name not in EXTRAS)
+    for place, given in enumerate(fields["text_prompts"]):
+        warnings += unknown_fields(
+            f"text_prompts.{place}.{name}" for name in given if name not in TextPrompt.model_fields
+        )
     request_fields |= _prompts(asked.text_prompts, warnings)
     request_fields |= {
         "guidance_scale": asked.cfg_scale,

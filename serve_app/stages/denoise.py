@@ -16,6 +16,7 @@ import torch
 
 from serve_app import checkpoint
 from serve_app.checkpoint import Checkpoint
+from serve_app.errors import InvalidRequest
 from serve_app.resolve import Trajectory as TrajectoryFacts
 from serve_app.sampling import (
     Scheduler,
@@ -86,9 +87,16 @@ class Denoiser:
 
     @torch.inference_mode()
     def begin(self, task: DenoiseTask) -> Trajectory:
-        """Prepares a task as diffusers does: schedule, random stream, first latents, slice of the steps."""
-        scheduler = make_scheduler(self._native_scheduler, task.scheduler)
-        scheduler.set_timesteps(task.num_inference_steps, device="cpu")
+        """Prepares a task as diffusers does: schedule, random stream, first latents, slice of the steps.
+
+        Raises `InvalidRequest` for what this checkpoint's scheduler refuses, such as more steps than LCM was made for.
+        """
+        try:
+            scheduler = make_scheduler(self._native_scheduler, task.scheduler)
+            scheduler.set_timesteps(task.num_inference_steps, device="cpu")
+        except ValueError as error:
+            param = "num_inference_steps" if task.scheduler is None else "scheduler"
+            raise InvalidRequest(f"{param}: {' '.join(str(error).split())}", param=param) from None
         generator = torch.Generator("cpu")
         if task.latents is None:
             generator.manual_seed(task.seed)
