@@ -260,6 +260,7 @@ RESULT = ImageResult(
     [StageTiming("encode", 0.25), StageTiming("denoise", 1.5, steps=7, queue_seconds=0.125)],
     "id-1",
     1_800_000_000,
+    text_tokens=11,
 )  # fmt: skip
 EVENTS = [
     Progress("encode"),
@@ -295,6 +296,7 @@ def test_events_are_read_however_the_bytes_are_cut(cuts: list[int], crlf: bool) 
     reader.end()
     # The event of the picture that is finished last is also the one that has the result.
     assert told == EVENTS
+    assert "first" not in repr(told) and "rough" not in repr(told), "files are not for printing"
 
 
 async def test_two_pictures_asked_of_a_script() -> None:
