@@ -316,3 +316,10 @@ def test_the_reference_of_keys_is_what_the_code_takes() -> None:
         for name, info in model.model_fields.items():
             assert f"| `{name}` |" in document
             assert info.description or isinstance(info.default, BaseModel), f"{model.__name__}.{name} says nothing"
+
+
+def test_http_that_is_switched_off_stays_off() -> None:
+    content = copy.deepcopy(_content("demo.yaml"))
+    assert check_serve_config(content).route_prefix == "/"
+    content["applications"][0]["route_prefix"] = None
+    assert check_serve_config(content).route_prefix is None
