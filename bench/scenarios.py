@@ -29,7 +29,7 @@ class Effort:
 
     in_flight: int = 16
     rounds: int = 2
-    requests: int = 32  # of each closed loop in each round
+    requests: int = 48  # of each closed loop in each round
     tuning_requests: int = 24
     bursts: int = 6
     burst: int = 8
