@@ -162,22 +162,25 @@ class SharedCache(Generic[KeyT, ResultT]):
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
         self._kept: OrderedDict[KeyT, ResultT] = OrderedDict()
-        self._running: dict[KeyT, _Shared[ResultT]] = {}
+        self._running: dict[tuple[KeyT, int], _Shared[ResultT]] = {}
         self._counts = {"cache_hits": 0, "cache_misses": 0}
 
     def stats(self) -> dict[str, int]:
         return self._counts | {"cache_entries": len(self._kept)}
 
-    async def get(self, key: KeyT, compute: Callable[[], Awaitable[ResultT]]) -> ResultT:
-        """The result for `key`, from the cache, from a computation under way, or from a new one."""
+    async def get(self, key: KeyT, compute: Callable[[], Awaitable[ResultT]], priority: int = 0) -> ResultT:
+        """The result for `key`, from the cache, from a computation under way, or from a new one.
+
+        Those of one priority share a computation: who is more urgent does not wait with who is less.
+        """
         if key in self._kept:
             self._kept.move_to_end(key)
             self._counts["cache_hits"] += 1
             return self._kept[key]
-        shared = self._running.get(key)
+        shared = self._running.get((key, priority))
         if shared is None:
             self._counts["cache_misses"] += 1
-            shared = self._running[key] = _Shared(asyncio.ensure_future(compute()))
+            shared = self._running[key, priority] = _Shared(asyncio.ensure_future(compute()))
         else:
             self._counts["cache_hits"] += 1
         shared.waiters += 1
@@ -187,8 +190,8 @@ class SharedCache(Generic[KeyT, ResultT]):
             shared.waiters -= 1
             if shared.waiters == 0:
                 shared.task.cancel()  # no effect where it is done
-            if (shared.task.done() or shared.waiters == 0) and self._running.get(key) is shared:
-                del self._running[key]
+            if (shared.task.done() or shared.waiters == 0) and self._running.get((key, priority)) is shared:
+                del self._running[key, priority]
         self._keep(key, result)
         return result
 

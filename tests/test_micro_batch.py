@@ -272,6 +272,22 @@ async def waiting(
     return tasks
 
 
+async def test_the_urgent_do_not_wait_with_those_who_can() -> None:
+    cache: SharedCache[str, str] = SharedCache(4)
+    patient: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def at_once() -> str:
+        return "urgent"
+
+    waiting = asyncio.create_task(cache.get("p", lambda: patient, priority=-100))
+    await asyncio.sleep(0)
+    assert await cache.get("p", at_once, priority=100) == "urgent"
+    assert not waiting.done()
+    patient.set_result("patient")
+    assert await waiting == "patient"
+    assert cache.stats() == {"cache_hits": 0, "cache_misses": 2, "cache_entries": 1}
+
+
 async def test_what_many_ask_for_is_computed_once() -> None:
     cache: SharedCache[str, str] = SharedCache(4)
     compute = Computation()

@@ -53,7 +53,7 @@ class TextEncoder:
         with working():
             embeddings = await asyncio.gather(
                 *(
-                    self._cache.get(job, lambda job=job: self._batcher.submit(job, task.urgency))
+                    self._cache.get(job, lambda job=job: self._batcher.submit(job, task.urgency), task.urgency.priority)
                     for job in jobs.values()
                 )
             )
