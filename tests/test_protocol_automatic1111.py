@@ -302,20 +302,19 @@ def test_webuis_syntax_in_a_prompt_is_said_to_be_plain_text(prompt: str, warning
         ("seed", 1.5),
         ("steps", 0),
         ("steps", 501),
-        ("steps", "twenty"),
-        ("steps", 20.5),
+        ("steps", "20"),
         ("cfg_scale", -1),
-        ("cfg_scale", "seven"),
+        ("cfg_scale", "7"),
         ("width", 65),
         ("height", 0),
         ("batch_size", 0),
-        ("n_iter", [1]),
+        ("n_iter", True),
         ("sampler_name", 5),
         ("refiner_checkpoint", "sd15"),
         ("refiner_switch_at", 1.1),
         ("override_settings", []),
         ("styles", "oil"),
-        ("tiling", "perhaps"),
+        ("tiling", "yes"),
         ("enable_hr", True),
         ("script_name", "x/y/z plot"),
         ("alwayson_scripts", {"controlnet": {"args": []}}),
@@ -327,12 +326,6 @@ def test_a_wrong_value_is_refused_and_its_field_named(name: str, wrong: Any) -> 
     error = refusal(**{name: wrong})
     assert error.param == name
     assert error.message.startswith(f"{name}: ")
-
-
-def test_numbers_may_be_texts_as_webui_takes_them() -> None:
-    texts = decode(steps="20", cfg_scale="7", width="64", height="72", seed="5", batch_size="2", n_iter=1.0)
-    assert texts.requests == decode(steps=20, cfg_scale=7.0, width=64, height=72, seed=5, batch_size=2).requests
-    assert texts.warnings == ()
 
 
 def test_sdxls_own_fields_ride_beside_webuis() -> None:

@@ -19,12 +19,9 @@ _SUBSEED = "Of the variation seed. No effect (warns)."
 
 
 class Txt2ImgFields(BaseModel):
-    """The body of a request, webui's defaults; null means absent.
+    """The body of a request, webui's defaults; null means absent."""
 
-    Numbers may be texts ("35"), as webui itself takes them: scripts that read them from a form send them so.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str | None = Field(None, description="What to draw. webui's syntax of weights in it is plain text here.")
     negative_prompt: str = Field("", description="What not to draw; empty is none.")
