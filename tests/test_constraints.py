@@ -24,6 +24,8 @@ def required(name: str, extras: frozenset[str], seen: set[tuple[str, frozenset[s
         return
     yield name
     for requirement in map(Requirement, requirements):
+        if any(part.operator == "==" and "*" not in part.version for part in requirement.specifier):
+            continue  # pinned by who needs it, as the CUDA build of torch pins NVIDIA's libraries
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
             yield from required(canonicalize_name(requirement.name), frozenset(requirement.extras), seen)
 

@@ -211,6 +211,12 @@ def test_the_earlier_containers_parameters_act() -> None:
         assert decode(body) == azure_ml.Decoded([wanted], ())
 
 
+def test_params_beside_the_columns_are_an_object_or_absent() -> None:
+    for shape in ({"columns": ["prompt"], "data": ["p"]}, {"prompt": ["p"]}):
+        assert decode({"input_data": shape | {"params": None}}) == azure_ml.Decoded([P], ())
+        assert refusal({"input_data": shape | {"params": "x"}}).param == "input_data.params"
+
+
 def test_an_unknown_key_beside_the_columns_warns() -> None:
     decoded = decode({"input_data": {"columns": ["prompt"], "data": ["p"], "rows": []}})
     assert decoded == azure_ml.Decoded([P], ("input_data.rows is unknown and was ignored",))

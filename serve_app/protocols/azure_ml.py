@@ -115,8 +115,10 @@ def _rows(input_data: Any, warnings: list[str]) -> tuple[list[dict[str, Any]], d
     if input_data.get("parameters") is not None:
         given = _parameters(input_data["parameters"], "input_data.parameters")
     columns = {name: value for name, value in input_data.items() if name != "parameters"}
-    if isinstance(columns.get("params"), dict):  # a column would be a list
-        _add_parameters(given, columns.pop("params"), "input_data.params")
+    if not isinstance(columns.get("params", []), list):  # a list would be a column
+        more = columns.pop("params")
+        if more is not None:
+            _add_parameters(given, _parameters(more, "input_data.params"), "input_data.params")
     if "data" in columns or "columns" in columns or "index" in columns:
         return _split_rows(columns, warnings), given
     return _column_rows(columns), given
