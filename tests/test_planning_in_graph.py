@@ -119,5 +119,5 @@ def test_the_command_over_a_real_graph(tiny: Path, tmp_path: Path) -> None:
     profile = read_profile(str(output))
     assert json.loads(output.read_text())["made"]["notes"][-1].startswith("in the running graph (encode=1 denoise=1")
     assert {"1", "2", "4"} == set(profile.denoise.passes["64x64"])
-    assert 0.0001 < profile.hop_s < 0.1
+    assert 0 <= profile.hop_s < 0.1  # noise can hide it, too
     assert profile.cores is not None and 0 <= profile.cores.beside_s < 1  # noise can hide it
