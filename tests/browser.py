@@ -30,9 +30,9 @@ async def a_page(url: str, **context: Any) -> AsyncIterator[Page]:
     """A page of a browser of its own, at an address. It fails on a script's error and on a word to anybody else."""
     faults: list[str] = []
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium(), args=_FLAGS)
+        browser = await playwright.chromium.launch(executable_path=chromium(), args=_FLAGS, timeout=180_000)
         page = await browser.new_page(**context)
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if _is_fault(message) else None)
         page.on(

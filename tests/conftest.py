@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from serve_app.demo.tiny import make_tiny
 from serve_app.local import Running, running
@@ -20,6 +21,9 @@ from tests.reference import Reference
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# Properties bound no time: the machine may stand still for a second.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

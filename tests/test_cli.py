@@ -23,7 +23,7 @@ from tests.test_graph_parity import far_apart
 CLI = [sys.executable, "-m", "serve_app.cli"]
 
 
-def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=timeout)
 
 
@@ -161,12 +161,12 @@ def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Ref
         picture.write_bytes(answer.content)
         by_handle = subprocess.run(
             [sys.executable, "-c", BY_HANDLE, ray_address],
-            capture_output=True, text=True, timeout=60, env=environment | {"RAY_AUTH_MODE": "disabled"},
+            capture_output=True, text=True, timeout=300, env=environment | {"RAY_AUTH_MODE": "disabled"},
         )  # fmt: skip
         assert by_handle.stdout.strip() == "3 [] 128", by_handle.stderr
     finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=300)
     assert code == 0
     from PIL import Image
 

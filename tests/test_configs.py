@@ -280,7 +280,7 @@ def start(cpus, share):
     return actor, actor.gpus.remote()
 
 replicas = [(name, *start(cpus, share)) for name, cpus, share in demands]
-placed, _ = ray.wait([where for _, _, where in replicas], num_returns=len(replicas), timeout=180)
+placed, _ = ray.wait([where for _, _, where in replicas], num_returns=len(replicas), timeout=500)
 _, beyond = start(0.1, too_much)
 refused = not ray.wait([beyond], timeout=0.5)[0]
 print(json.dumps([refused, [(name, ray.get(where)) for name, _, where in replicas if where in placed]]))
@@ -297,7 +297,7 @@ def test_ray_finds_a_place_for_every_replica(name: str, gpus: int) -> None:
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=300,
+        timeout=700,
         check=True,
     )
     refused, places = json.loads(done.stdout.splitlines()[-1])

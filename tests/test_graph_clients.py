@@ -167,21 +167,21 @@ def test_webui_s_progress_and_interrupt(graph: Running) -> None:
     answer: dict[str, Any] = {}
 
     def draw() -> None:
-        body = {"prompt": PROMPT, "steps": 150, "batch_size": 4}
-        answer.update(httpx.post(f"{graph.url}/sdapi/v1/txt2img", json=body, timeout=120).json())
+        body = {"prompt": PROMPT, "steps": 200, "batch_size": 4, "width": 256, "height": 256}
+        answer.update(httpx.post(f"{graph.url}/sdapi/v1/txt2img", json=body, timeout=300).json())
 
     thread = threading.Thread(target=draw)
     thread.start()
     seen: list[float] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        now = httpx.get(f"{graph.url}/sdapi/v1/progress").json()
+        now = httpx.get(f"{graph.url}/sdapi/v1/progress", timeout=120).json()
         if now["state"]["sampling_step"]:
             seen.append(now["progress"])
             if len(seen) >= 5 and now["progress"] > 0.1:
                 break
         time.sleep(0.05)
-    assert httpx.post(f"{graph.url}/sdapi/v1/interrupt").status_code == 200
-    thread.join(timeout=60)
+    assert httpx.post(f"{graph.url}/sdapi/v1/interrupt", timeout=120).status_code == 200
+    thread.join(timeout=180)
     assert answer["images"] == [] and "interrupted" in answer["warnings"][0]
     assert seen == sorted(seen) and 0 < seen[-1] < 1

@@ -137,7 +137,7 @@ def test_a_picture_carries_what_draws_it_again(output_format: str, http: httpx.C
         assert (Image.open(io.BytesIO(data)).format or "").lower() == output_format
         parameters = read_parameters(data)
         assert parameters is not None and parameters["seed"] == item["seed"]
-        again = pixels_of(graph.handle.generate.remote(ImageRequest(**parameters)).result(timeout_s=60))[0]
+        again = pixels_of(graph.handle.generate.remote(ImageRequest(**parameters)).result(timeout_s=180))[0]
         if output_format == "png":
             assert far_apart(again, pixels(data)) <= 1
         else:  # single pixels of a lossy format may be anything; the whole is far nearer than another seed's

@@ -96,9 +96,9 @@ async def test_the_handle_streams_the_same(graph: Running, expected: np.ndarray)
 async def test_whoever_waits_hears_its_place(graph: Running) -> None:
     """Two full passes of long work stand before it."""
     before = await stats("BaseDenoiser")
-    crowd = parse_request({"prompt": PROMPT, "num_inference_steps": 40, "n": 10, "high_noise_frac": 1.0})
+    crowd = parse_request({"prompt": PROMPT, "num_inference_steps": 80, "n": 10, "high_noise_frac": 1.0})
     mates = [asyncio.ensure_future(_finish(graph.handle.generate.remote(crowd))) for _ in range(2)]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while (await stats("BaseDenoiser"))["active"] < 20:
             await asyncio.sleep(0.02)
     late = parse_request({"prompt": PROMPT, "num_inference_steps": 2, "high_noise_frac": 1.0})
@@ -118,7 +118,8 @@ async def _finish(response: Any) -> Any:
 
 async def test_a_stream_whose_reader_goes_away_leaves_no_task_behind(graph: Running) -> None:
     before = await stats("BaseDenoiser")
-    body = {"prompt": PROMPT, "num_inference_steps": 200, "n": 4, "stream": True, "progress": True}
+    body = {"prompt": PROMPT, "num_inference_steps": 200, "n": 4, "width": 256, "height": 256}
+    body |= {"stream": True, "progress": True}
     async with (
         httpx.AsyncClient(timeout=60) as http,
         http.stream("POST", f"{graph.url}/v1/images/generations", json=body) as response,
@@ -126,7 +127,7 @@ async def test_a_stream_whose_reader_goes_away_leaves_no_task_behind(graph: Runn
         async for line in response.aiter_lines():
             if '"step":2' in line:
                 break
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (now := await stats("BaseDenoiser"))["active"] or now["cancelled"] < before["cancelled"] + 4:
             await asyncio.sleep(0.02)
     assert now["finished"] == before["finished"]

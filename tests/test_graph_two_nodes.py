@@ -24,7 +24,7 @@ def test_base_and_refiner_on_two_nodes(tiny: Path, reference: Reference, tmp_pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     with np.load(output) as drawn:

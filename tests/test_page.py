@@ -171,7 +171,7 @@ async def test_cancelling_frees_the_slots(way: str, graph: Running) -> None:
             now = await stats("BaseDenoiser")
             return bool(now["active"] == 0 and now["cancelled"] == before["cancelled"] + 4)
 
-        await until(is_free, seconds=20)
+        await until(is_free, seconds=60)
         assert (await stats("BaseDenoiser"))["finished"] == before["finished"]
         if way != "leaving":
             assert await page.inner_text("#note") == "Cancelled."

