@@ -39,7 +39,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], loss: Tensor, seconds:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for parameter, mean in zip(trained, flat.split([p.numel() for p in trained] + [2]), strict=False):
-        parameter.grad = mean.view_as(parameter)
+        # In place: the fused AdamW of the CPU reads a gradient's memory in the parameter's order, whatever its strides
+        # say, and a gradient in another order than a channels-last parameter's is another gradient.
+        assert parameter.grad is not None
+        parameter.grad.copy_(mean.view_as(parameter))
     return float(flat[-2]), float(flat[-1])
 
 
