@@ -2,8 +2,9 @@
 
 A process a core or GPU; `python -m serve_app.demo.train` is one.
 
-Four stages: the autoencoder; the text encoders and the base UNet together; the decoder again, for sharper edges;
-the refiner, on the last fifth of the noise alone. Each ends after its steps or its minutes, whichever comes first,
+Five stages: the autoencoder; the text encoders and the base UNet together, first on small pictures and the highest
+noise alone, where the text says everything, then on all sizes and all noise; the decoder again, for sharper edges; the
+refiner, on the last fifth of the noise alone. Each ends after its steps or its minutes, whichever comes first,
 and resumes from its last checkpoint. The folders `base` and `refiner` under --out are ready after their stages; work
 files stand in --work.
 """
@@ -19,16 +20,18 @@ import torch
 
 from serve_app.demo import ranks
 from serve_app.demo.training.autoencoder import train_autoencoder, train_decoder
-from serve_app.demo.training.base import train_base
+from serve_app.demo.training.base import train_base, train_layout
 from serve_app.demo.training.loop import Stage
 from serve_app.demo.training.refiner import train_refiner
 
-AFTER_AUTOENCODER = ("latents.pt", "base.pt", "decoder.pt", "refiner-latents.pt", "refiner.pt")
+AFTER_LAYOUT = ("base.pt", "refiner.pt")
+AFTER_AUTOENCODER = ("layout-latents.pt", "layout.pt", "latents.pt", "decoder.pt", "refiner-latents.pt", *AFTER_LAYOUT)
 STAGES = (
-    Stage("autoencoder", steps=4500, minutes=20, batch=12, learning_rate=7e-4, feeds=AFTER_AUTOENCODER),
-    Stage("base", steps=16000, minutes=70, batch=16, learning_rate=7e-4, feeds=("refiner.pt",)),
-    Stage("decoder", steps=2000, minutes=8, batch=12, learning_rate=5e-4),
-    Stage("refiner", steps=2000, minutes=12, batch=32, learning_rate=4e-4),
+    Stage("autoencoder", steps=3000, minutes=15, batch=12, learning_rate=7e-4, feeds=AFTER_AUTOENCODER),
+    Stage("layout", steps=4000, minutes=8, batch=16, learning_rate=7e-4, feeds=AFTER_LAYOUT),
+    Stage("base", steps=16000, minutes=55, batch=16, learning_rate=7e-4, feeds=("refiner.pt",)),
+    Stage("decoder", steps=2000, minutes=7, batch=12, learning_rate=5e-4),
+    Stage("refiner", steps=2000, minutes=10, batch=32, learning_rate=4e-4),
 )
 
 
@@ -49,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         # For 64 positions plain attention takes a fifth less time than the flash kernel, whose backward pass is slow.
         torch.backends.cuda.enable_flash_sdp(False)  # the switch acts on CPU kernels too, whatever its name
-    autoencoder, base, decoder, refiner = (
+    autoencoder, layout, base, decoder, refiner = (
         replace(stage, steps=getattr(args, f"{stage.name}_steps"), minutes=getattr(args, f"{stage.name}_minutes"))
         for stage in STAGES
     )
     vae = train_autoencoder(autoencoder, args.work, device)
-    train_base(base, vae, args.pictures, args.work, args.out, device)
+    start = train_layout(layout, vae, args.pictures, args.work, device)
+    train_base(base, start, vae, args.pictures, args.work, args.out, device)
     train_decoder(decoder, args.work, args.out, device)
     train_refiner(refiner, args.pictures // 3, args.work, args.out, device)
 

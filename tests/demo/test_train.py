@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 
 from serve_app.demo.train import main
 
-STAGES = ("autoencoder", "base", "decoder", "refiner")
+STAGES = ("autoencoder", "layout", "base", "decoder", "refiner")
 
 
 def train(folder: Path, **steps: int) -> None:
@@ -41,6 +41,12 @@ def test_from_nothing_to_both_checkpoints_and_on(tmp_path: Path) -> None:
     encoded = (tmp_path / "work" / "latents.pt").stat().st_mtime_ns
     refiner_before = (tmp_path / "work" / "refiner.pt").stat().st_mtime_ns
     train(tmp_path, base=2)
-    assert steps_taken(tmp_path) == {"autoencoder": 1, "base": 2, "decoder": 1, "refiner": 1}
+    assert steps_taken(tmp_path) == dict.fromkeys(STAGES, 1) | {"base": 2}
     assert (tmp_path / "work" / "latents.pt").stat().st_mtime_ns == encoded, "the autoencoder is the same"
     assert (tmp_path / "work" / "refiner.pt").stat().st_mtime_ns > refiner_before, "another base, another refiner"
+
+    base_before = (tmp_path / "work" / "base.pt").stat().st_mtime_ns
+    train(tmp_path, base=2, layout=2)
+    assert steps_taken(tmp_path) == dict.fromkeys(STAGES, 1) | {"layout": 2, "base": 2}
+    assert (tmp_path / "work" / "latents.pt").stat().st_mtime_ns == encoded
+    assert (tmp_path / "work" / "base.pt").stat().st_mtime_ns > base_before, "another start, another base"

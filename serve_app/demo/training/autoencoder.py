@@ -14,12 +14,15 @@ from serve_app.demo.grammar import sample_scenes
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 
 KL_WEIGHT = 1e-6
+COLOUR_WEIGHT = 2.0
 
 
 def train_autoencoder(stage: Stage, work: Path, device: torch.device) -> AutoencoderKL:
     """Learns on 64 px crops, cut along the latent grid, and at the end on whole pictures."""
     torch.manual_seed(SEED)
-    modules = nn.ModuleDict({"vae": models.make_autoencoder()}).to(device, memory_format=torch.channels_last)
+    colour = nn.Conv2d(models.LATENT_CHANNELS, 3, 1)  # see `colour_loss`; not part of the autoencoder
+    modules = nn.ModuleDict({"vae": models.make_autoencoder(), "colour": colour})
+    modules = modules.to(device, memory_format=torch.channels_last)
     trainer = Trainer(stage, modules, work)
 
     def loss_of(step: int) -> Tensor:
@@ -31,7 +34,9 @@ def train_autoencoder(stage: Stage, work: Path, device: torch.device) -> Autoenc
         with half_on(device):
             posterior = modules["vae"].encode(pixels).latent_dist
             decoded = modules["vae"].decode(posterior.sample()).sample
-        return picture_loss(decoded.float() - pixels) + KL_WEIGHT * posterior.kl().float().mean()
+            told = modules["colour"](posterior.mean)
+        kl = KL_WEIGHT * posterior.kl().float().mean()
+        return picture_loss(decoded.float() - pixels) + kl + COLOUR_WEIGHT * colour_loss(told.float(), pixels)
 
     trainer.run(loss_of)
     vae = trainer.average["vae"].cpu()
@@ -57,27 +62,44 @@ def picture_loss(error: Tensor) -> Tensor:
     return error.abs().mean() + error.pow(2).mean() + 0.5 * edges
 
 
+def colour_loss(told: Tensor, pixels: Tensor) -> Tensor:
+    """How far colours (B, 3, h, w) told from latents by a linear map are from the pictures' mean colours there.
+
+    It keeps most of a latent an affine map of colour: a denoiser then says a flat colour by a shift of the mean, and a
+    preview is nearly a linear map of the latents.
+    """
+    return (told - nn.functional.avg_pool2d(pixels, models.PIXELS_PER_LATENT)).abs().mean()
+
+
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL) -> None:
-    """Scale the two 1x1 convolutions beside the latents so that these have mean 0 and deviation 1 / scaling_factor.
+    """Turn and scale the two 1x1 convolutions beside the latents so that these are white.
 
-    Zero-mean channels matter: at the highest noise a flat colour is no more than a small shift of the mean.
+    Every channel then has mean 0 and deviation 1 / scaling_factor, and none goes with another. Zero-mean channels
+    matter: at the highest noise a flat colour is no more than a small shift of the mean. White ones too: brightness
+    varies more than hue, and would show through noise long before it.
     """
     rng = random.Random(SEED)
     pictures = [
         data.to_tensor(data.draw_sample(scene, models.NATIVE_PX, models.NATIVE_PX, rng).picture)
         for scene in sample_scenes(256, SEED, held_out=False)
     ]
-    means = torch.cat([vae.encode(torch.stack(pictures[i : i + 32])).latent_dist.mean for i in range(0, 256, 32)])
-    shift = means.mean((0, 2, 3))  # (4,)
-    scale = 1 / (models.SCALING_FACTOR * means.std((0, 2, 3)))  # (4,)
+    posteriors = [vae.encode(torch.stack(pictures[i : i + 32])).latent_dist for i in range(0, 256, 32)]
     n = models.LATENT_CHANNELS
+    means = torch.cat([p.mean for p in posteriors]).movedim(1, -1).reshape(-1, n).double()
+    values, axes = torch.linalg.eigh(means.T.cov())
+    # Of all that whiten, the symmetric matrix (ZCA) changes the channels the least.
+    whiten = (axes * values.rsqrt() @ axes.T / models.SCALING_FACTOR).float()  # (4, 4)
+    shift = means.mean(0).float()  # (4,)
+    # How sure it is of a turned channel is not a linear map of the logarithms: the mean over all pictures stands there.
+    variances = torch.cat([p.var for p in posteriors]).mean((0, 2, 3))  # (4,)
     into, out = vae.quant_conv, vae.post_quant_conv
     out.bias += out.weight[:, :, 0, 0] @ shift
-    out.weight /= scale[None, :, None, None]
-    into.weight[:n] *= scale[:, None, None, None]
-    into.bias[:n] = (into.bias[:n] - shift) * scale
-    into.bias[n:] += 2 * scale.log()
+    out.weight.copy_((out.weight[:, :, 0, 0] @ whiten.inverse())[:, :, None, None])
+    into.weight[:n] = torch.einsum("ij,jkhw->ikhw", whiten, into.weight[:n])
+    into.bias[:n] = whiten @ (into.bias[:n] - shift)
+    into.weight[n:] = 0
+    into.bias[n:] = (whiten.square() @ variances).log()
 
 
 def train_decoder(stage: Stage, work: Path, out: Path, device: torch.device) -> None:
@@ -86,7 +108,8 @@ def train_decoder(stage: Stage, work: Path, out: Path, device: torch.device) -> 
     It learns from slightly noised latents, as a UNet draws them.
     """
     torch.manual_seed(SEED)
-    vae = AutoencoderKL.from_pretrained(out / "base" / "vae").requires_grad_(False)
+    vae = models.make_autoencoder().requires_grad_(False)  # made anew: a loaded one keeps its folder's name when saved
+    vae.load_state_dict(AutoencoderKL.from_pretrained(out / "base" / "vae").state_dict())
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
     vae = vae.to(device, memory_format=torch.channels_last)
     trainer = Trainer(stage, modules, work)

@@ -41,13 +41,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is drawn for a denoiser: about `count` pictures, one at least in each bucket of `data.SIZES_PX`."""
+    """What is drawn for a denoiser: about `count` pictures, one at least in each bucket of `sizes`."""
 
     name: str
     count: int
     draw: Callable[[Scene, int, int, random.Random], data.Sample]
     time_ids: Callable[[data.Sample], list[float]]
     tokenizer: CLIPTokenizer
+    sizes: tuple[tuple[tuple[int, int], float], ...] = tuple(zip(data.SIZES_PX, data.SIZE_SHARES, strict=True))
+    """((width, height), share) of each bucket, pixels."""
 
 
 def encode_pictures(pictures: Pictures, vae: AutoencoderKL, work: Path, device: torch.device) -> list[Encoded]:
@@ -66,7 +68,7 @@ def encode_pictures(pictures: Pictures, vae: AutoencoderKL, work: Path, device: 
 def _encode(pictures: Pictures, vae: AutoencoderKL, device: torch.device) -> list[Encoded]:
     buckets = []
     bar = tqdm(total=pictures.count, desc=pictures.name, mininterval=10)
-    for (width, height), share in zip(data.SIZES_PX, data.SIZE_SHARES, strict=True):
+    for (width, height), share in pictures.sizes:
         rng = random.Random(f"{SEED} {pictures.name} {width}x{height}")
         count = max(round(pictures.count * share), 1)
         scenes = sample_scenes(count, rng.getrandbits(32), held_out=False, alone=ALONE)
