@@ -104,7 +104,7 @@ def test_a_preview_is_near_the_picture(base: Checkpoint) -> None:
         small = np.asarray(picture.resize((16, 16), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BICUBIC))
         near = np.abs(preview - small).mean()
         grey = np.abs(small - small.mean((0, 1))).mean() + np.abs(small.mean((0, 1)) - 128).mean()
-        assert near < 40 and near < 0.6 * grey, (scene, near, grey)
+        assert near < 12 and near < 0.2 * grey, (scene, near, grey)
 
 
 def test_the_preview_map_undoes_the_vae_s_own_statistics(tiny: Path, tmp_path: Path) -> None:
