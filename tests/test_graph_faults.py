@@ -110,6 +110,7 @@ async def test_a_client_that_goes_away_frees_its_slot(stage: str, graph: Running
     after = {name: await stats(name) for name in before}
     assert after[stage]["cancelled"] == before[stage]["cancelled"] + 1
     assert after[stage]["finished"] == before[stage]["finished"]
+    assert after[stage]["steps"] - before[stage]["steps"] < LONG["num_inference_steps"] * 0.9
     # Once the cancellation had arrived the task was in one more pass at most ...
     assert after[stage]["max_steps_after_cancel"] <= 1
     # ... and no stage after this one heard of it.
@@ -156,7 +157,7 @@ async def test_a_full_service_says_when_to_come_back(graph: Running) -> None:
     async with httpx.AsyncClient(base_url=graph.url or "", timeout=300) as client:
         answers = await asyncio.gather(*(client.post("/v1/images/generations", json=body) for _ in range(16)))
         codes = [answer.status_code for answer in answers]
-        assert 12 <= codes.count(200) < 16  # 128 images at once
+        assert codes.count(200) == 12  # 128 images at once
         refused = [answer for answer in answers if answer.status_code != 200]
         for answer in refused:
             assert answer.status_code == 503
