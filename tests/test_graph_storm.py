@@ -62,7 +62,7 @@ async def test_two_hundred_clients_that_go_away_leave_nothing_behind(graph: Runn
     await asyncio.gather(*(client(number) for number in range(CLIENTS)))
     assert ends.total() == CLIENTS
     assert set(ends) <= {"left", "408", "503"}, "nobody had time for a picture"
-    assert ends["left"] >= 50 and ends["408"] >= 20, ends
+    assert ends["left"] >= 50 and ends["408"] >= 5, ends  # both kinds took part; a busy machine answers more with 503
 
     async def is_empty() -> bool:
         ingress = await graph.handle.stats.remote()
