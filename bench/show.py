@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.systems import NAMES, OURS
 from bench.unet_gain import MODELS, limit_images_per_s
+from serve_app.planning.measure import processor_name
 
 # What the service must show: ratio -> (the bound, whether a ratio may not exceed it, the aim).
 TARGETS: dict[str, tuple[str, float, bool, float | None]] = {
@@ -28,6 +29,7 @@ def machine() -> dict[str, Any]:
     """What kind of machine and which versions; nothing that names it."""
     packages = ("torch", "diffusers", "transformers", "ray")
     return {
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
         "system": platform.system(),
@@ -99,9 +101,9 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
         yield ""
     yield (
         f"Written by `make bench` on {at['date']}, in {figures['minutes']:g} minutes, on {at['cores']} cores "
-        f"({at['architecture']}, {at['system']}), float32, Python {at['python']}, {versions}. The embedded demo "
-        "checkpoint at 128x128 pixels with guidance, base and refiner split at 0.8. All systems in one run, one loaded "
-        "at a time, the same requests for each; each with the fastest of the settings it was tried in. "
+        f"({at['processor']}, {at['architecture']}, {at['system']}), float32, Python {at['python']}, {versions}. The "
+        "embedded demo checkpoint at 128x128 pixels with guidance, base and refiner split at 0.8. All systems in one "
+        "run, one loaded at a time, the same requests for each; each with the fastest of the settings it was tried in. "
         f"{_rounds(figures)}"
         f"Load average before: {at['load_average_before'][0]:g}."
     )

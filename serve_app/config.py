@@ -90,6 +90,11 @@ class DenoiserConfig(SchedulingConfig):
     max_batch_pixels: int | None = Field(
         None, ge=1, description="Rows x picture pixels of one forward pass; absent, rows alone bound it."
     )
+    trace: Literal["auto", True, False] = Field(
+        "auto",
+        description="Run the UNet as a TorchScript trace of itself: the same operators, without Python between them. "
+        "auto: on the CPU.",
+    )
 
 
 class MicroBatchConfig(SchedulingConfig):

@@ -51,7 +51,7 @@ def _kind(info: FieldInfo) -> str:
     if model is not None:
         return "a checkpoint" if model is ModelSource else "keys, below"
     if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
+        return ", ".join(f"`{str(value).lower()}`" for value in get_args(kind))
     if get_origin(kind) is tuple:
         return "a list of texts"
     names: dict[Any, str] = {int: "a whole number", str: "a text"}

@@ -67,6 +67,7 @@ LAYERS = {
     "serve_app.stages": 1,
     "serve_app.stages.device": 1,
     "serve_app.stages.encode": 1,
+    "serve_app.stages.traced": 1,
     "serve_app.stages.denoise": 1,
     "serve_app.stages.decode": 1,
     "serve_app.planning.passes": 1,

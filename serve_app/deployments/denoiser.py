@@ -35,7 +35,7 @@ class Denoiser:
         self._stage = stage
         folder = checkpoint.locate(source, ("unet", "scheduler"))
         checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
-        self._denoiser = UNetDenoiser(folder, prepare(config, settings))
+        self._denoiser = UNetDenoiser(folder, prepare(config, settings), settings.trace)
         self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
             self._denoiser,
             settings.scheduler(Budget(settings.max_batch_rows, settings.max_batch_pixels)),

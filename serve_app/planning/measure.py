@@ -233,7 +233,7 @@ class _Measurement:
         settings = self._settings
         return {
             "how": "measured",
-            "machine": describe(compute) or f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+            "machine": describe(compute) or f"{processor_name()}, {len(os.sched_getaffinity(0))} cores",
             "dtype": str(compute.dtype).removeprefix("torch."),
             "date": datetime.date.today().isoformat(),
             "notes": [
@@ -371,7 +371,8 @@ def _name(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The model of this machine's processor, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

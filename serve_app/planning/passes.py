@@ -28,7 +28,8 @@ def load_denoiser(config: AppConfig, stage: Literal["denoise", "refine"]) -> Den
     if stage == "refine":
         assert config.refiner is not None
         source, settings = config.refiner, config.refiner_denoiser
-    return Denoiser(checkpoint.locate(source, ("unet", "scheduler")), set_up(settings, gpu_fraction=1.0))
+    folder = checkpoint.locate(source, ("unet", "scheduler"))
+    return Denoiser(folder, set_up(settings, gpu_fraction=1.0), settings.trace)
 
 
 def walk(denoiser: Denoiser, task: DenoiseTask) -> Any:

@@ -7,9 +7,9 @@ scheduler object, random stream), and each forward pass gathers rows of many and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from serve_app.sampling import (
 )
 from serve_app.scheduling import Job
 from serve_app.stages.device import Compute, is_context_broken
+from serve_app.stages.traced import TracedUNet, UNet
 from serve_app.tasks import DenoiseTask, Latents, Stay
 
 if TYPE_CHECKING:
@@ -59,11 +60,15 @@ class Trajectory:
 class Denoiser:
     """A UNet and its checkpoint's scheduler."""
 
-    def __init__(self, source: Checkpoint, compute: Compute) -> None:
+    def __init__(self, source: Checkpoint, compute: Compute, trace: Literal["auto", True, False] = "auto") -> None:
+        """`trace` is that of `DenoiserConfig`. Raises `ConfigurationError` where the UNet can't be traced."""
         self._compute = compute
         self._unet = checkpoint.load_unet(source, compute.dtype).to(compute.device)
         self._native_scheduler = checkpoint.load_scheduler(source)
         self.takes_aesthetic_score = bool(source.model_index().get("requires_aesthetics_score", False))
+        self._predict: Callable[..., torch.Tensor] = UNet(self._unet)
+        if trace is True or (trace == "auto" and compute.device.type == "cpu"):
+            self._predict = TracedUNet(self._predict, compute, time_ids=5 if self.takes_aesthetic_score else 6)
         # SDXL's pipelines take the factor from the VAE; a denoiser has none to ask and SDXL's is 8.
         self.scale_factor = 8
 
@@ -166,16 +171,13 @@ class Denoiser:
             sample = state.scheduler.scale_model_input(state.latents, timestep)
             samples += [sample] * state.task.rows
             timesteps += [float(timestep)] * state.task.rows
-        noise = self._unet(
+        noise = self._predict(
             torch.cat(samples).to(self._compute.dtype),
             torch.tensor(timesteps, dtype=torch.float32, device=self._compute.device),
-            encoder_hidden_states=torch.cat([state.prompt_embeds for state in states]),
-            added_cond_kwargs={
-                "text_embeds": torch.cat([state.pooled for state in states]),
-                "time_ids": torch.cat([state.time_ids for state in states]),
-            },
-            return_dict=False,
-        )[0]
+            torch.cat([state.prompt_embeds for state in states]),
+            torch.cat([state.pooled for state in states]),
+            torch.cat([state.time_ids for state in states]),
+        )
         if self._compute.device.type == "cuda":
             # Launches run ahead of the device; who joins or leaves must be decided a pass at a time.
             torch.cuda.current_stream().synchronize()
