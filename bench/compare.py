@@ -22,7 +22,18 @@ import numpy as np
 
 from bench import scenarios, show
 from bench.scenarios import Effort
-from bench.systems import NAMES, ONE_THREAD, OURS, ROOT, SETTINGS, Setting, SystemFailed, running
+from bench.systems import (
+    NAMES,
+    ONE_THREAD,
+    OURS,
+    ROOT,
+    SETTINGS,
+    UNTRACED,
+    Setting,
+    SystemFailed,
+    running,
+    untraced,
+)
 from serve_app.bench.records import Record
 
 SCENARIOS = ("gain", "mixed", "presets", "bursts", "short-behind-long", "alone")
@@ -101,17 +112,21 @@ class Comparison:
 
     def _closed_loops(self, chosen: dict[str, Setting]) -> None:
         profiles = [profile for profile in ("mixed", "presets") if profile in self._wanted]
+        loaded = [(system, setting, profiles) for system, setting in chosen.items()]
+        if OURS in chosen and "mixed" in profiles:
+            loaded.insert(1, (UNTRACED, untraced(chosen[OURS]), ["mixed"]))
         rounds: dict[tuple[str, str], list[list[Record]]] = {}
         for number in range(self._effort.rounds if profiles else 0):
-            for system, setting in list(chosen.items())[:: -1 if number % 2 else 1]:
+            for system, setting, asked in loaded[:: -1 if number % 2 else 1]:
                 with running(setting) as url:
-                    for profile in profiles:
+                    for profile in asked:
                         title = f"{profile}, round {number + 1}: {system}"
                         records = scenarios.closed_loop(url, profile, self._effort, number, title)
                         rounds.setdefault((system, profile), []).append(records)
                         say(f"{title}: {show.rate_line(scenarios.pooled([records], self._effort))}")
         for (system, name), found in rounds.items():
-            self.figures["systems"][system][name] = scenarios.pooled(found, self._effort)
+            figures = self.figures["systems"][system] if system != UNTRACED else self.figures.setdefault(UNTRACED, {})
+            figures[name] = scenarios.pooled(found, self._effort)
 
     def _measure(self, system: str, setting: Setting) -> None:
         found, effort = self.figures["systems"][system], self._effort

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.systems import NAMES, OURS
+from bench.systems import NAMES, OURS, UNTRACED
 from bench.unet_gain import MODELS, limit_images_per_s
 from serve_app.planning.measure import processor_name
 
@@ -51,6 +51,11 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
             found[f"{profile}_throughput"] = ours[profile]["images_per_s"] / max(r["images_per_s"] for r in theirs)
             for q in ("p50", "p95", "p99"):
                 found[f"{profile}_{q}"] = ours[profile]["latency_s"][q] / min(r["latency_s"][q] for r in theirs)
+    theirs = [rival["mixed"] for rival in rivals if "mixed" in rival]
+    if UNTRACED in figures and theirs:
+        loop = figures[UNTRACED]["mixed"]
+        found["untraced_throughput"] = loop["images_per_s"] / max(r["images_per_s"] for r in theirs)
+        found["untraced_p95"] = loop["latency_s"]["p95"] / min(r["latency_s"]["p95"] for r in theirs)
     if ours.get("bursts", {}).get("queue_in_steps") is not None:
         found["burst_queue_in_steps"] = ours["bursts"]["queue_in_steps"]
     theirs = [rival["bursts"] for rival in rivals if "bursts" in rival]
@@ -112,6 +117,7 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _against_targets(figures["ratios"])
     yield from _systems(figures, effort)
+    yield from _untraced(figures)
     yield from _gain(figures)
     yield from _settings(figures)
 
@@ -181,6 +187,24 @@ def _figures(systems: dict[str, Any], effort: dict[str, Any]) -> Iterator[tuple[
     yield f"{name} 10, all at once: latency p50, s", ("short-behind-long", "together_s", "p50")
 
 
+def _untraced(figures: dict[str, Any]) -> Iterator[str]:
+    if UNTRACED not in figures:
+        return
+    found = figures["ratios"]
+    yield (
+        f"{NAMES[OURS]} runs its UNets as traces (`trace` in the configuration), the rivals run them as diffusers' "
+        f"pipelines do. Without traces (`trace: false`) {NAMES[OURS]} in `mixed`: "
+        f"{rate_line(figures[UNTRACED]['mixed'])}"
+        + (
+            f"; {found['untraced_throughput']:.2f} times the best rival's throughput, {found['untraced_p95']:.2f} of "
+            "its p95."
+            if "untraced_throughput" in found
+            else "."
+        )
+    )
+    yield ""
+
+
 def _gain(figures: dict[str, Any]) -> Iterator[str]:
     if "unet_gain" not in figures:
         return
@@ -194,17 +218,17 @@ def _gain(figures: dict[str, Any]) -> Iterator[str]:
         for name, by_rows in gain[model].items():
             cells = " | ".join(f"{ms:.2f}" for ms in by_rows.values())
             best = by_rows[rows[0]] / min(by_rows.values())
-            yield f"| {model}, {name.replace('_', ' ').replace('1 processes', '1 process')} | {cells} | {best:.2f} |"
+            yield f"| {model}, {name} | {cells} | {best:.2f} |"
     yield ""
     limit = limit_images_per_s(gain)
     ours = figures["systems"].get(OURS, {}).get("mixed")
     if ours is not None:
         stages = ", ".join(f"{stage} {spread['mean']:.2f} s" for stage, spread in ours["stages_s"].items())
         yield (
-            f"With UNet passes of the best size and nothing else, two processes would draw {limit:.2f} images/s at "
-            f"30 steps; {NAMES[OURS]} draws {ours['images_per_s']:.2f}, {ours['images_per_s'] / limit:.0%} of it. The "
-            "rest is everything else a picture needs, passes that are not full, and the load generator, which shares "
-            f"the cores. Mean time of a request by stage, waiting included: {stages}."
+            f"With traced UNet passes of the best size and nothing else, two processes would draw {limit:.2f} images/s "
+            f"at 30 steps; {NAMES[OURS]} draws {ours['images_per_s']:.2f}, {ours['images_per_s'] / limit:.0%} of it. "
+            "The rest is everything else a picture needs, passes that are not full, and the load generator, which "
+            f"shares the cores. Mean time of a request by stage, waiting included: {stages}."
         )
         yield ""
 

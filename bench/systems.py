@@ -22,6 +22,7 @@ GRAPH = ROOT / "bench" / "graph.yaml"
 READY_TIMEOUT_S, END_TIMEOUT_S = 240.0, 60.0
 
 OURS = "ours"
+UNTRACED = "untraced"  # ours, its UNets run as diffusers' Python runs them, as the rivals' are: what the trace gives
 NAMES = {
     OURS: "sdxl-serve",
     "sequential": "(a) diffusers, one after another",
@@ -57,7 +58,7 @@ class Setting:
 
 
 def _graph(options: dict[str, float], folder: Path) -> Path:
-    """bench/graph.yaml with other numbers of base replicas and threads."""
+    """bench/graph.yaml with other numbers of base replicas and threads, and without traces where `trace` is 0."""
     content: dict[str, Any] = yaml.safe_load(GRAPH.read_text(encoding="utf-8"))
     (application,) = content["applications"]
     for deployment in application["deployments"]:
@@ -65,6 +66,9 @@ def _graph(options: dict[str, float], folder: Path) -> Path:
             deployment["num_replicas"] = int(options["base_replicas"])
     for stage in ("text_encoder", "base_denoiser", "refiner_denoiser", "vae_decoder"):
         application["args"][stage]["torch_threads"] = int(options["threads"])
+    if not options.get("trace", 1):
+        for stage in ("base_denoiser", "refiner_denoiser"):
+            application["args"][stage]["trace"] = False
     path = folder / "graph.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -72,6 +76,10 @@ def _graph(options: dict[str, float], folder: Path) -> Path:
 
 def setting(system: str, **options: float) -> Setting:
     return Setting(system, tuple(options.items()))
+
+
+def untraced(ours: Setting) -> Setting:
+    return Setting(OURS, (*ours.options, ("trace", 0)))
 
 
 # What each is tried in. Two processes of two threads on two cores lose to both of their halves, so that is left out

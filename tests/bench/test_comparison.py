@@ -15,7 +15,8 @@ from PIL import Image
 from bench import show
 from bench.compare import main
 from bench.scenarios import Effort, base_steps, far_apart, pooled, settle, short_behind_long, step_s
-from bench.systems import GRAPH, NAMES, OURS, SETTINGS, SystemFailed, running, setting
+from bench.systems import GRAPH, NAMES, OURS, SETTINGS, UNTRACED, SystemFailed, running, setting, untraced
+from bench.unet_gain import WAYS
 from serve_app.bench.records import Record
 from serve_app.config import DEMO_FOLDER
 from serve_app.sampling import base_timesteps
@@ -47,6 +48,12 @@ def test_our_graph_is_the_file_with_the_setting_in_it(tmp_path: Path) -> None:
     config = read_serve_config(tmp_path / "graph.yaml")
     assert config.deployments["BaseDenoiser"]["num_replicas"] == 3
     assert config.app.base_denoiser.torch_threads == config.app.vae_decoder.torch_threads == 2
+    assert config.app.base_denoiser.trace == config.app.refiner_denoiser.trace == "auto"
+    # Ours without traces is the same with one key more.
+    untraced(setting(OURS, base_replicas=3, threads=2)).command(8123, tmp_path)
+    plain = read_serve_config(tmp_path / "graph.yaml").app
+    assert plain.base_denoiser.trace is False and plain.refiner_denoiser.trace is False
+    assert plain.base_denoiser.model_copy(update={"trace": "auto"}) == config.app.base_denoiser
     # The first setting tried is the file as it stands.
     SETTINGS[OURS][0].command(8123, tmp_path)
     assert yaml.safe_load((tmp_path / "graph.yaml").read_text()) == yaml.safe_load(GRAPH.read_text())
@@ -120,10 +127,9 @@ FIGURES: dict[str, Any] = {
         "sequential": _system(1.0, 16.0, 9.0),
         "one_deployment": _system(1.6, 10.0, None),
     },
+    UNTRACED: {"mixed": _system(1.8, 5.0, 0.25)["mixed"]},
     "alone": {"ratio": 0.95},
-    "unet_gain": {
-        model: {f"{count}_processes": {"2": 10.0, "16": 5.0} for count in (1, 2)} for model in ("base", "refiner")
-    },
+    "unet_gain": {model: {name: {"2": 10.0, "16": 5.0} for name, _, _ in WAYS} for model in ("base", "refiner")},
 }
 
 
@@ -140,6 +146,7 @@ def test_ratios_are_to_the_best_rival() -> None:
     found = show.ratios(FIGURES)
     assert found["mixed_throughput"] == 2.0 / 1.6
     assert found["mixed_p95"] == 4.0 / 10.0
+    assert found["untraced_throughput"] == 1.8 / 1.6 and found["untraced_p95"] == 5.0 / 10.0
     assert found["burst_queue_in_steps"] == 1.5 and found["alone"] == 0.95
     assert found["short_behind_long"] == 4.0 and found["short_behind_long_p50"] == 0.4
     assert "presets_throughput" not in found
@@ -157,6 +164,7 @@ def test_the_table_says_what_was_met_and_what_missed(tmp_path: Path) -> None:
     # 24 base and 6 refiner steps of two rows at 5 ms, on two cores: 1 / (30 * 2 * 5 ms) * 2
     assert "would draw 6.67 images/s at 30 steps; sdxl-serve draws 2.00, 30% of it" in text
     assert "**base replicas 2, threads 1** (base replicas 1: 1.50)" in text
+    assert "in `mixed`: 1.800 images/s, latency p50 5.00 s, p95 10.00 s; 1.12 times the best rival's" in text
     assert "sdxl-serve 2.00, 3.00; (a) diffusers, one after another 1.00, 2.00; " in text
     assert "not to be quoted" not in text
     assert json.loads((tmp_path / "comparison.json").read_text())["ratios"]["mixed_p95"] == 0.4
