@@ -197,10 +197,11 @@ def _untraced(figures: dict[str, Any]) -> Iterator[str]:
         f"{rate_line(figures[UNTRACED]['mixed'])}"
         + (
             f"; {found['untraced_throughput']:.2f} times the best rival's throughput, {found['untraced_p95']:.2f} of "
-            "its p95."
+            "its p95"
             if "untraced_throughput" in found
-            else "."
+            else ""
         )
+        + ". With and without, its replicas keep the memory that a pass frees for the next one, which the rivals don't."
     )
     yield ""
 

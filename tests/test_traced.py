@@ -85,3 +85,17 @@ def test_a_trace_that_is_not_true_of_another_pass_is_refused(tiny: Path, how: st
     inner = load_unet(Checkpoint(tiny / "base", None), torch.float32)
     with pytest.raises(ConfigurationError, match=f"trace: .*{said}"):
         TracedUNet(UNet(Counting(inner, how)), Compute(torch.device("cpu"), torch.float32), 6)
+
+
+def test_text_widths_may_be_a_list(tiny: Path) -> None:
+    """As diffusers' configuration allows and `checkpoint.check` lets through."""
+    inner = load_unet(Checkpoint(tiny / "base", None), torch.float32)
+    inner.register_to_config(cross_attention_dim=[inner.config.cross_attention_dim])
+    TracedUNet(UNet(inner), Compute(torch.device("cpu"), torch.float32), 6)
+
+
+def test_what_the_unet_itself_refuses_is_not_laid_to_the_trace(tiny: Path) -> None:
+    inner = load_unet(Checkpoint(tiny / "base", None), torch.float32)
+    inner.register_to_config(addition_time_embed_dim=inner.config.addition_time_embed_dim // 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        TracedUNet(UNet(inner), Compute(torch.device("cpu"), torch.float32), 6)
