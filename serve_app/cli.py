@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from serve_app import __version__
-from serve_app.bench.command import add_flags as add_bench_flags
-from serve_app.errors import ConfigurationError, ServiceError
-from serve_app.images import MEDIA_TYPES
+from serve_app.load.command import add_flags as add_bench_flags
+from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.planning.command import add_plan_flags
 from serve_app.planning.measure import add_profile_flags
-from serve_app.schema import ImageRequest, ImageResult, Progress, StreamEvent, field_kinds, parse_request
+from serve_app.request.errors import ConfigurationError, ServiceError
+from serve_app.request.schema import ImageRequest, ImageResult, Progress, StreamEvent, field_kinds, parse_request
 
 _PACKAGE = Path(__file__).parent
 # Inside the package where it was installed as a wheel, beside it in a checkout.
@@ -136,8 +136,8 @@ def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
     """Starts the graph, draws with a bar that moves at every denoising step, and ends it."""
     from tqdm import tqdm
 
-    from serve_app.local import running
-    from serve_app.serve_config import read_serve_config
+    from serve_app.config.serve_file import read_serve_config
+    from serve_app.graph.local import running
 
     config = read_serve_config(config_path)
     print(f"starting the graph of {config_path.name} (four model deployments and the ingress) ...", file=sys.stderr)
@@ -176,15 +176,15 @@ def _draw_at(url: str, request: ImageRequest) -> ImageResult:
     """Asks a running service, with the same bar."""
     from tqdm import tqdm
 
-    from serve_app.client import Client
+    from serve_app.client.client import Client
 
     with Client(url) as client, tqdm(unit="step", dynamic_ncols=True) as bar:
         return _follow(client.stream(request), bar, request)
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from serve_app.local import running
-    from serve_app.serve_config import read_serve_config
+    from serve_app.config.serve_file import read_serve_config
+    from serve_app.graph.local import running
 
     config = read_serve_config(options.config)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -207,8 +207,8 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from serve_app.checkpoint import check_sources
-    from serve_app.serve_config import read_serve_config
+    from serve_app.config.serve_file import read_serve_config
+    from serve_app.models.checkpoint import check_sources
 
     config = read_serve_config(options.config)
     check_sources(config.app)
@@ -217,7 +217,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from serve_app.bench.command import run
+    from serve_app.load.command import run
 
     return run(options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve_app.schema import ImageRequest, parse_request
+from serve_app.request.schema import ImageRequest, parse_request
 
 _PLAIN = {"prompt": "a red fox in the snow", "seed": 11, "num_inference_steps": 8}
 _CASES: dict[str, dict[str, object]] = {

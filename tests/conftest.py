@@ -13,9 +13,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
+from serve_app.config.serve_file import ServeConfig, check_serve_config
 from serve_app.demo.tiny import make_tiny
-from serve_app.local import Running, running
-from serve_app.serve_config import ServeConfig, check_serve_config
+from serve_app.graph.local import Running, running
 from tests.reference import Reference
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serve_app.config import AppConfig, Limits
-from serve_app.pipeline import OnStep, Stages
-from serve_app.resolve import ModelFacts
-from serve_app.service import ImageService
-from serve_app.tasks import (
+from serve_app.config.settings import AppConfig
+from serve_app.request.limits import Limits
+from serve_app.request.resolve import ModelFacts
+from serve_app.runtime.pipeline import OnStep, Stages
+from serve_app.runtime.service import ImageService
+from serve_app.runtime.tasks import (
     Conditioning,
     DenoiseTask,
     EncodeTask,
@@ -24,7 +25,7 @@ from serve_app.tasks import (
 )
 
 if TYPE_CHECKING:
-    from serve_app.tasks import Bytes, Floats
+    from serve_app.pictures.arrays import Bytes, Floats
 
 FACTS = ModelFacts(
     native_size_px=64,

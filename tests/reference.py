@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from serve_app.schema import ImageRequest
+from serve_app.request.schema import ImageRequest
 
 SCHEDULERS: dict[str, Any] = {
     "euler": lambda config: EulerDiscreteScheduler.from_config(config),

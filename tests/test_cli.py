@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from serve_app.cli import DEMO_CONFIG, main
-from serve_app.schema import ImageRequest, parse_request
+from serve_app.request.schema import ImageRequest, parse_request
+from tests.graph.test_parity import far_apart
 from tests.reference import Reference
-from tests.test_graph_parity import far_apart
 
 CLI = [sys.executable, "-m", "serve_app.cli"]
 
@@ -121,7 +121,7 @@ def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:
 BY_HANDLE = """
 import sys, ray
 from ray import serve
-from serve_app.schema import ImageRequest
+from serve_app.request.schema import ImageRequest
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 handle = serve.get_app_handle("sdxl")

@@ -18,9 +18,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app import __version__, checkpoint
-from serve_app.config import ModelSource
-from serve_app.serve_config import check_serve_config
+from serve_app import __version__
+from serve_app.config.serve_file import check_serve_config
+from serve_app.config.settings import ModelSource
+from serve_app.models import checkpoint
 from tests.manifests import CONFIG_OF, K8S, ROOT, built, every_variant, groups, load_all, rayservice, serve_config
 
 CRD = os.environ.get("RAYSERVICE_CRD")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.graph import build_app
+from serve_app.graph.build import build_app
 from tests.manifests import (
     CONFIG_OF,
     K8S,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.local import Running
+from serve_app.graph.local import Running
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,7 +66,8 @@ def test_check_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert run.returncode == 0
 
 
-def test_every_module_stands_in_the_tree() -> None:
+def test_every_room_stands_in_the_tree() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    for path in (ROOT / "serve_app").glob("*.py"):
-        assert path.name == "__init__.py" or path.name in tree, path.name
+    for path in (ROOT / "serve_app").iterdir():
+        if path.is_dir() and (path / "__init__.py").is_file():
+            assert f"  {path.name}/" in tree, path.name

@@ -12,13 +12,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ConfigurationError
 from serve_app.planning.plan import find_plan, requests_to_simulate
 from serve_app.planning.profile import Cores, Profile, read_profile, shipped_profiles
 from serve_app.planning.simulate import STAGES, Replicas, Run, percentile, simulate
 from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
-from serve_app.scheduling import POLICIES
-from serve_app.schema import MAX_IMAGES, MAX_STEPS
+from serve_app.request.errors import ConfigurationError
+from serve_app.request.schema import MAX_IMAGES, MAX_STEPS
+from serve_app.runtime.scheduling import POLICIES
 
 _SHARES = (0.5, 0.95, 0.99)
 

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.engine import PassTimes
-from serve_app.local import running
+from serve_app.config.serve_file import ServeConfig
+from serve_app.graph.local import running
 from serve_app.planning.live import LiveGraph, processor_seconds, since, times_by_rows
 from serve_app.planning.plan import alone_s
 from serve_app.planning.profile import DenoiseStage, Profile, pixels_of
 from serve_app.planning.simulate import Replicas, simulate
 from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
-from serve_app.serve_config import ServeConfig
+from serve_app.runtime.engine import PassTimes
 
 _FEWEST_PASSES = 5  # of a number of rows for it to count
 _STEPS = (10, 50)

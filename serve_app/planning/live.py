@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 from ray import serve
 
-from serve_app.engine import PassTimes
-from serve_app.errors import ConfigurationError
-from serve_app.graph import APP_NAME
+from serve_app.config.serve_file import ServeConfig
+from serve_app.config.settings import APP_NAME
 from serve_app.planning.simulate import Replicas
 from serve_app.planning.workload import Ask
-from serve_app.schema import ImageRequest
-from serve_app.serve_config import ServeConfig
+from serve_app.request.errors import ConfigurationError
+from serve_app.request.schema import ImageRequest
+from serve_app.runtime.engine import PassTimes
 
 _DEPLOYMENTS = {"encode": "TextEncoder", "denoise": "BaseDenoiser", "refine": "Refiner", "decode": "VaeDecoder"}
 _ASKS_FOR_STATS = 200  # calls until every replica should have been met: each goes to one at random

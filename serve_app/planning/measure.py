@@ -19,22 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app import checkpoint
-from serve_app.config import AppConfig, SchedulingConfig
-from serve_app.errors import ConfigurationError
-from serve_app.images import encode_image
+from serve_app.config.settings import AppConfig, SchedulingConfig
+from serve_app.models import checkpoint
+from serve_app.pictures.files import encode_image
 from serve_app.planning.command import parse_size
 from serve_app.planning.passes import WARM_UP, load_denoiser, neighbours, time_passes, walk
 from serve_app.planning.profile import Profile, parse_profile
-from serve_app.resolve import DEFAULT_QUALITY, ModelFacts, resolve
-from serve_app.schema import ImageRequest
-from serve_app.tasks import Conditioning, DenoiseTask, Urgency, base_task, encode_task, refiner_task
+from serve_app.request.errors import ConfigurationError
+from serve_app.request.resolve import DEFAULT_QUALITY, ModelFacts, resolve
+from serve_app.request.schema import ImageRequest
+from serve_app.runtime.tasks import Conditioning, DenoiseTask, Urgency, base_task, encode_task, refiner_task
 
 if TYPE_CHECKING:
-    from serve_app.serve_config import ServeConfig
-    from serve_app.stages.denoise import Denoiser
-    from serve_app.stages.device import Compute
-    from serve_app.tasks import Bytes, Floats
+    from serve_app.config.serve_file import ServeConfig
+    from serve_app.models.denoise import Denoiser
+    from serve_app.models.device import Compute
+    from serve_app.pictures.arrays import Bytes, Floats
 
 # Of a call between deployments on an idle machine: a graph of four takes 5 to 10 ms.
 DEFAULT_HOP_S = 0.002
@@ -106,7 +106,7 @@ def add_profile_flags(parser: argparse.ArgumentParser, default_config: Path) -> 
 
 def profile(options: argparse.Namespace) -> int:
     """Measures, with a bar, and writes the file."""
-    from serve_app.serve_config import read_serve_config
+    from serve_app.config.serve_file import read_serve_config
 
     if not options.output.parent.is_dir():
         raise ConfigurationError(f"{options.output.parent}: no such folder")
@@ -124,8 +124,8 @@ def profile(options: argparse.Namespace) -> int:
 def _in_graph(found: Profile, config: ServeConfig) -> Profile:
     from tqdm import tqdm
 
+    from serve_app.models.device import free_memory
     from serve_app.planning.in_graph import measure_in_graph
-    from serve_app.stages.device import free_memory
 
     free_memory()  # the graph's replicas may share a GPU with this process
     with tqdm(total=0, unit="request", dynamic_ncols=True) as bar:
@@ -142,8 +142,8 @@ def measure(config: AppConfig, settings: Settings, quiet: bool = False) -> Profi
 
 class _Measurement:
     def __init__(self, config: AppConfig, settings: Settings, bar: Any) -> None:
-        from serve_app.stages.decode import Decoder
-        from serve_app.stages.encode import TextEncoders
+        from serve_app.models.decode import Decoder
+        from serve_app.models.encode import TextEncoders
 
         self._config = config
         self._settings = settings
@@ -162,7 +162,7 @@ class _Measurement:
     @staticmethod
     def _computing(stage: SchedulingConfig) -> Compute:
         """Sets this process's threads as a replica of the stage sets its own."""
-        from serve_app.stages.device import set_up
+        from serve_app.models.device import set_up
 
         return set_up(stage, gpu_fraction=1.0)
 
@@ -227,7 +227,7 @@ class _Measurement:
         return tuple((side, side) for side in sides if side**2 <= limits.max_pixels and side % 8 == 0)
 
     def _provenance(self) -> dict[str, Any]:
-        from serve_app.stages.device import describe
+        from serve_app.models.device import describe
 
         compute = self._computing(self._config.base_denoiser)
         settings = self._settings
@@ -266,7 +266,7 @@ class _Measurement:
         return list(dict.fromkeys(job.encoder for role, job in jobs.items() if "negative" not in role))
 
     def _encode(self, name: Any, counts: Sequence[int]) -> dict[str, float]:
-        from serve_app.stages.encode import TextJob
+        from serve_app.models.encode import TextJob
 
         self._computing(self._config.text_encoder)
         jobs = [TextJob(name, f"{_PROMPT} {number}") for number in range(counts[-1])]

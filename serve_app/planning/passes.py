@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from serve_app import checkpoint
-from serve_app.config import AppConfig
-from serve_app.scheduling import Budget, StepScheduler
-from serve_app.tasks import DenoiseTask, Stay
+from serve_app.config.settings import AppConfig
+from serve_app.models import checkpoint
+from serve_app.runtime.scheduling import Budget, StepScheduler
+from serve_app.runtime.tasks import DenoiseTask, Stay
 
 if TYPE_CHECKING:
-    from serve_app.stages.denoise import Denoiser
+    from serve_app.models.denoise import Denoiser
 
 WARM_UP = 2  # passes that don't count
 
 
 def load_denoiser(config: AppConfig, stage: Literal["denoise", "refine"]) -> Denoiser:
     """A stage's UNet as its replica loads it, threads included."""
-    from serve_app.stages.denoise import Denoiser
-    from serve_app.stages.device import set_up
+    from serve_app.models.denoise import Denoiser
+    from serve_app.models.device import set_up
 
     source, settings = config.base, config.base_denoiser
     if stage == "refine":

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.errors import ConfigurationError
 from serve_app.planning.profile import DenoiseStage, Profile
 from serve_app.planning.simulate import STAGES, Record, Replicas, Run, percentile, simulate
 from serve_app.planning.workload import Ask, Mix, split_steps
+from serve_app.request.errors import ConfigurationError
 
 # What is worth most is taken away first.
 _BY_COST = ("denoise", "refine", "decode", "encode", "ingress")

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve_app.errors import ConfigurationError, first_fault
-from serve_app.scheduling import Budget, PolicyName
+from serve_app.config.settings import PolicyName
+from serve_app.request.errors import ConfigurationError, first_fault
+from serve_app.runtime.scheduling import Budget
 
 SHIPPED = Path(__file__).parent / "profiles"
 

@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from serve_app.admission import Admission
-from serve_app.errors import ConfigurationError, Overloaded
 from serve_app.planning.clock import VirtualClock
 from serve_app.planning.profile import DenoiseStage, Profile
 from serve_app.planning.stages import (
@@ -27,7 +25,9 @@ from serve_app.planning.stages import (
     Stay,
 )
 from serve_app.planning.workload import Ask, split_steps
-from serve_app.scheduling import Job
+from serve_app.request.errors import ConfigurationError, Overloaded
+from serve_app.runtime.admission import Admission
+from serve_app.runtime.scheduling import Job
 
 STAGES = ("encode", "denoise", "refine", "decode", "ingress")
 

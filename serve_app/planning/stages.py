@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from serve_app.planning.clock import VirtualClock
 from serve_app.planning.profile import DecodeStage, DenoiseStage, EncodeStage, IngressStage, Stage
-from serve_app.scheduling import POLICIES, Budget, Job, StepScheduler
+from serve_app.runtime.scheduling import POLICIES, Budget, Job, StepScheduler
 
 
 class Replica(Protocol):

@@ -3,7 +3,7 @@
 import pytest
 from diffusers import DiffusionPipeline
 
-from serve_app.demo.evaluate import HERE, load
+from serve_app.demo.training.evaluate import HERE, load
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The model draws what the prompt says, and each classic wiring fault of an SDXL server makes it stop doing so.
 
-The full figures are those of `python -m serve_app.demo.evaluate`; here 12 prompts stand for them.
+The full figures are those of `python -m serve_app.demo.training.evaluate`; here 12 prompts stand for them.
 """
 
 import math
@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from serve_app.demo.data import to_picture
-from serve_app.demo.evaluate import draw, generators, judge, read_picture
 from serve_app.demo.grammar import caption, sample_scenes
+from serve_app.demo.training.data import to_picture
+from serve_app.demo.training.evaluate import draw, generators, judge, read_picture
 
 SCENES = sample_scenes(12, seed=9, held_out=True)
 PROMPTS = [caption(scene) for scene in SCENES]

@@ -7,7 +7,7 @@ import random
 import torch
 from torch import nn
 
-from serve_app.demo import models
+from serve_app.demo.training import models
 from serve_app.demo.training.autoencoder import colour_loss, draw_crops, normalise_latents
 
 

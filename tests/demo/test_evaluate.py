@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from PIL import Image, ImageFilter
 
-from serve_app.demo.evaluate import Score, distance_to_truth, judge_detector, read_picture, sharpness
 from serve_app.demo.grammar import Scene, Thing
-from serve_app.demo.render import Place, render
+from serve_app.demo.training.evaluate import Score, distance_to_truth, judge_detector, read_picture, sharpness
+from serve_app.demo.training.render import Place, render
 
 SCENE = Scene((Thing("circle", "red"), Thing("star", "blue")), "white", "left of")
 LAYOUT = [Place(36, 64, 22), Place(92, 60, 22)]

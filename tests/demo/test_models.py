@@ -15,9 +15,9 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from serve_app.demo.evaluate import HERE
 from serve_app.demo.grammar import GRAMMAR_WORDS
-from serve_app.demo.models import SCHEDULER_CONFIG
+from serve_app.demo.training.evaluate import HERE
+from serve_app.demo.training.models import SCHEDULER_CONFIG
 
 ANY_TEXT = ["a red circle", "xylophone, Ünïcode!", "日本の猫 😀", "", "\x00\x7f\n tab\t", "!" * 50]
 

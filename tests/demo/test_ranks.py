@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from serve_app.demo import ranks
+from serve_app.demo.training import ranks
 
 
 @pytest.fixture

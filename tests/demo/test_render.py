@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from serve_app.demo import data
 from serve_app.demo.grammar import Scene, Thing, sample_scenes
-from serve_app.demo.render import BACKGROUND_RGB, COLOUR_RGB, Place, render, sample_layout
+from serve_app.demo.training import data
+from serve_app.demo.training.render import BACKGROUND_RGB, COLOUR_RGB, Place, render, sample_layout
 
 
 @pytest.mark.parametrize("size", data.SIZES_PX)

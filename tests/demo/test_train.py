@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from serve_app.demo.train import main
+from serve_app.demo.training.train import main
 
 STAGES = ("autoencoder", "layout", "base", "decoder", "refiner")
 

@@ -1,1 +1,1 @@
-"""The stages that `serve_app.demo.train` runs."""
+"""The stages that `serve_app.demo.training.train` runs."""

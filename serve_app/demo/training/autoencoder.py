@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from serve_app.demo import data, models, ranks
 from serve_app.demo.grammar import sample_scenes
+from serve_app.demo.training import data, models, ranks
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 
 KL_WEIGHT = 1e-6

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from serve_app.demo import data, models, ranks
+from serve_app.demo.training import data, models, ranks
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 from serve_app.demo.training.noise import DROPPED_PROMPTS, add_noise, alphas_cumprod
 from serve_app.demo.training.pictures import Encoded, Pictures, encode_pictures

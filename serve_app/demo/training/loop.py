@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from serve_app.demo import ranks
+from serve_app.demo.training import ranks
 
 SEED = 20
 TRIAL_EVERY = 240

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve_app.demo import models
+from serve_app.demo.training import models
 
 DROPPED_PROMPTS = 0.1
 

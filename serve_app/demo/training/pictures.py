@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from serve_app.demo import data, models, ranks
 from serve_app.demo.grammar import Scene, sample_scenes
+from serve_app.demo.training import data, models, ranks
 from serve_app.demo.training.loop import SEED, half_on, record_seconds
 
 ALONE = 0.25

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from serve_app.demo import data, models, ranks
+from serve_app.demo.training import data, models, ranks
 from serve_app.demo.training.loop import SEED, Stage, Trainer, half_on
 from serve_app.demo.training.noise import DROPPED_PROMPTS, add_noise, alphas_cumprod
 from serve_app.demo.training.pictures import Pictures, encode_pictures, tokenize

@@ -1,0 +1,48 @@
+"""The graph: five deployments, bound as in the picture in ARCHITECTURE.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve import Application
+
+from serve_app.config.settings import AppConfig, parse_config
+from serve_app.graph.denoiser import Denoiser
+from serve_app.graph.ingress import Ingress
+from serve_app.graph.text_encoder import TextEncoder
+from serve_app.graph.vae_decoder import VaeDecoder
+from serve_app.models.checkpoint import check_sources
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """Builds the application from the `args` of a Ray Serve config file.
+
+    Reads no weights, and no checkpoint needs to be on this machine: a head node may have no model
+    volume. What is here is checked. Raises `ConfigurationError` with one line.
+    """
+    config = parse_config(args)
+    check_sources(config, missing_ok=True)
+    return build_graph(config)
+
+
+def build_graph(config: AppConfig, overrides: dict[str, dict[str, Any]] | None = None) -> Application:
+    """Binds the deployments. `overrides`: deployment options by name, as in Ray's `deployments:` list."""
+    shared: dict[str, Any] = {
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "ray_actor_options": {"num_cpus": 0.1},  # bookkeeping: config files say what a replica really takes
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": 120,  # above the time of a slow image
+        "max_constructor_retry_count": 3,  # for a volume's hiccup; a wrong checkpoint fails in its first second
+    }
+
+    def options(name: str) -> dict[str, Any]:
+        return {"name": name} | shared | (overrides or {}).get(name, {})
+
+    text_encoder = TextEncoder.options(**options("TextEncoder")).bind(config)
+    base = Denoiser.options(**options("BaseDenoiser")).bind(config, "denoise")
+    refiner = None
+    if config.refiner is not None:
+        refiner = Denoiser.options(**options("Refiner")).bind(config, "refine")
+    vae_decoder = VaeDecoder.options(**options("VaeDecoder")).bind(config)
+
+    return Ingress.options(**options("Ingress")).bind(config, text_encoder, base, refiner, vae_decoder)

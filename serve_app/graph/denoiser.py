@@ -1,0 +1,92 @@
+"""The deployment of the denoise and refine stages: one class, bound twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray import serve
+
+from serve_app.config.settings import AppConfig
+from serve_app.graph.metrics import StageMetrics
+from serve_app.graph.replica import identity, prepare, working
+from serve_app.models import checkpoint
+from serve_app.runtime.engine import StepEngine
+from serve_app.runtime.scheduling import Budget, scheduler_for
+from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve_app.models.denoise import Trajectory
+
+
+@serve.deployment
+class Denoiser:
+    """A UNet behind the step engine."""
+
+    def __init__(self, config: AppConfig, stage: Literal["denoise", "refine"]) -> None:
+        from serve_app.models.denoise import Denoiser as UNetDenoiser
+
+        source = config.base if stage == "denoise" else config.refiner
+        settings = config.base_denoiser if stage == "denoise" else config.refiner_denoiser
+        assert source is not None
+        self._stage = stage
+        folder = checkpoint.locate(source, ("unet", "scheduler"))
+        checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
+        self._denoiser = UNetDenoiser(folder, prepare(config, settings), settings.trace)
+        self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
+            self._denoiser,
+            scheduler_for(settings, Budget(settings.max_batch_rows, settings.max_batch_pixels)),
+            name=stage,
+        )
+        self._checkpoints = config.checkpoints
+        self._metrics = StageMetrics(stage)
+
+    async def run(self, task: DenoiseTask) -> Latents:
+        """Takes one image through this stage's steps."""
+        with working():
+            return await self._engine.run(task)
+
+    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[StepReport | Latents]:
+        """The same, with a report after each step and of its place in the queue; the latents come last."""
+        events: asyncio.Queue[StepReport | None] = asyncio.Queue()
+        work = asyncio.create_task(self._engine.run(task, events.put_nowait))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            with working():
+                latents = await work
+            yield latents
+        finally:
+            work.cancel()
+
+    async def describe(self) -> dict[str, Any]:
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
+        if self._stage == "denoise":
+            return {
+                "checkpoints": self._checkpoints,
+                "native_size_px": self._denoiser.native_size_px,
+                "native_scheduler": self._denoiser.native_scheduler,
+                "trajectory": self._denoiser.trajectory,
+            }
+        return {
+            "checkpoints": self._checkpoints,
+            "refined": True,
+            "refiner_native_scheduler": self._denoiser.native_scheduler,
+            "refiner_takes_aesthetic_score": self._denoiser.takes_aesthetic_score,
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica; see `EngineStats`."""
+        return identity() | self._engine.stats()
+
+    async def check_health(self) -> None:
+        self._metrics.tell(self._engine.stats())
+        self._engine.check_health()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()

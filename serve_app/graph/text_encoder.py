@@ -1,0 +1,77 @@
+"""The deployment of the encode stage."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from serve_app.config.settings import AppConfig
+from serve_app.graph.metrics import StageMetrics
+from serve_app.graph.replica import identity, prepare, working
+from serve_app.models import checkpoint
+from serve_app.runtime.micro_batch import MicroBatcher, SharedCache
+from serve_app.runtime.scheduling import Budget, scheduler_for
+from serve_app.runtime.tasks import Conditioning, EncodeTask
+
+if TYPE_CHECKING:
+    from serve_app.models.encode import TextEmbedding, TextJob
+
+
+@serve.deployment
+class TextEncoder:
+    """Both text encoders of the base, and the refiner's where its files differ."""
+
+    def __init__(self, config: AppConfig) -> None:
+        from serve_app.models.device import is_context_broken
+        from serve_app.models.encode import TextEncoders
+
+        components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        base = checkpoint.locate(config.base, components)
+        checkpoint.check(base, components)
+        refiner = None
+        if config.refiner is not None:
+            components = ("text_encoder_2", "tokenizer_2")
+            refiner = checkpoint.locate(config.refiner, components)
+            checkpoint.check(refiner, components, "refiner")
+        self._encoders = TextEncoders(base, refiner, prepare(config, config.text_encoder))
+        self._batcher: MicroBatcher[TextJob, TextEmbedding] = MicroBatcher(
+            self._encoders.embed,
+            scheduler_for(config.text_encoder, Budget(config.text_encoder.max_batch_size)),
+            key=lambda job: job.encoder,
+            is_fatal=is_context_broken,
+            name="encode",
+        )
+        self._cache: SharedCache[TextJob, TextEmbedding] = SharedCache(config.text_encoder.cache_entries)
+        self._checkpoints = config.checkpoints
+        self._metrics = StageMetrics("encode")
+
+    async def encode(self, task: EncodeTask) -> Conditioning:
+        """The conditioning of one request."""
+        jobs = self._encoders.jobs(task)
+        with working():
+            embeddings = await asyncio.gather(
+                *(
+                    self._cache.get(job, lambda job=job: self._batcher.submit(job, task.urgency), task.urgency.priority)
+                    for job in jobs.values()
+                )
+            )
+        return self._encoders.assemble(task, dict(zip(jobs, embeddings, strict=True)))
+
+    async def describe(self) -> dict[str, Any]:
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
+        return {
+            "checkpoints": self._checkpoints,
+            "clip_skip_max": self._encoders.clip_skip_max,
+            "refiner_clip_skip_max": self._encoders.refiner_clip_skip_max,
+            "base_zeroes_missing_negative": self._encoders.base_zeroes_missing_negative,
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica."""
+        return identity() | self._batcher.stats() | self._cache.stats()
+
+    async def check_health(self) -> None:
+        self._metrics.tell(await self.stats())
+        self._batcher.check_health()

@@ -1,0 +1,64 @@
+"""The deployment of the decode stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from serve_app.config.settings import AppConfig
+from serve_app.graph.metrics import StageMetrics
+from serve_app.graph.replica import identity, prepare, working
+from serve_app.models import checkpoint
+from serve_app.request.errors import PictureFailed
+from serve_app.runtime.micro_batch import MicroBatcher
+from serve_app.runtime.scheduling import Budget, scheduler_for
+from serve_app.runtime.tasks import Urgency
+
+if TYPE_CHECKING:
+    from serve_app.pictures.arrays import Bytes, Floats
+
+
+@serve.deployment
+class VaeDecoder:
+    """The VAE's decoder, micro-batched by picture size."""
+
+    def __init__(self, config: AppConfig) -> None:
+        from serve_app.models.decode import Decoder
+        from serve_app.models.device import is_context_broken
+
+        source = checkpoint.locate(config.vae or config.base, ("vae",))
+        checkpoint.check(source, ("vae",))
+        self._decoder = Decoder(source, prepare(config, config.vae_decoder))
+        self._batcher: MicroBatcher[Floats, Bytes | PictureFailed] = MicroBatcher(
+            self._decoder.decode,
+            scheduler_for(
+                config.vae_decoder, Budget(config.vae_decoder.max_batch_size, config.vae_decoder.max_batch_pixels)
+            ),
+            key=lambda latents: latents.shape,
+            pixels=lambda latents: latents.shape[1] * latents.shape[2] * self._decoder.scale_factor**2,
+            is_fatal=is_context_broken,
+            name="decode",
+        )
+        self._checkpoints = config.checkpoints
+        self._metrics = StageMetrics("decode")
+
+    async def decode(self, latents: Floats, urgency: Urgency) -> Bytes:
+        """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
+        with working():
+            pixels = await self._batcher.submit(latents, urgency)
+        if isinstance(pixels, PictureFailed):
+            raise pixels
+        return pixels
+
+    async def describe(self) -> dict[str, Any]:
+        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
+        return {"checkpoints": self._checkpoints, "preview_map": self._decoder.preview_map}
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of this replica."""
+        return identity() | self._batcher.stats() | {"float32_retries": self._decoder.float32_retries}
+
+    async def check_health(self) -> None:
+        self._metrics.tell(await self.stats())
+        self._batcher.check_health()

@@ -1,0 +1,1 @@
+"""The ASGI application. Nothing here knows of Ray."""

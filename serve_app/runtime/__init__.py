@@ -1,0 +1,1 @@
+"""What runs in a replica: scheduling, the step engine, micro-batches, the pipeline. No torch, no Ray."""

@@ -1,0 +1,78 @@
+"""How much work the service takes in, and when to come back where it is full. Pure; the clock is injected."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from serve_app.request.errors import InvalidRequest, Overloaded
+
+_WINDOW_S = 60.0
+_UNKNOWN_RATE_RETRY_S = 5.0
+
+
+class Admission:
+    """Counts images in flight against a limit.
+
+    `Retry-After` is computed from the images that left during the last minute and the time they took: that since
+    others had left before them, without the time when there was no work.
+    """
+
+    def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
+        self.max_images = max_images
+        self.in_flight = 0
+        self._clock = clock
+        self._left: deque[tuple[float, int, float]] = deque()  # when, how many, and the time they took
+        self._working_since = 0.0  # the last departure, or the end of an idle time
+        self._worked_s = 0.0  # since the last departure, before an idle time
+
+    @contextmanager
+    def hold(self, images: int) -> Iterator[None]:
+        """Takes in that many images, or raises `Overloaded` with the seconds to wait."""
+        if images > self.max_images:
+            raise InvalidRequest(
+                f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
+            )
+        if self.in_flight + images > self.max_images:
+            wait = self.retry_after_s(images)
+            raise Overloaded(
+                f"the service is full: {self.in_flight} images in flight of {self.max_images}; try again in "
+                f"{wait:.0f} s",
+                retry_after_s=wait,
+            )
+        if not self.in_flight:
+            self._working_since = self._clock()
+        self.in_flight += images
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            now = self._clock()
+            took_s = self._since_departure_s(now)
+            self.in_flight -= images
+            self._working_since, self._worked_s = now, took_s
+            if finished and images:
+                self._left.append((now, images, took_s))
+                self._worked_s = 0.0
+            self._forget(now)
+
+    def retry_after_s(self, images: int) -> float:
+        """Seconds until that many images fit, whole and at least 1, at the rate of the last minute."""
+        now = self._clock()
+        self._forget(now)
+        if not self._left:
+            return _UNKNOWN_RATE_RETRY_S
+        took_s = sum(took_s for _, _, took_s in self._left) + self._since_departure_s(now)
+        rate = sum(count for _, count, _ in self._left) / max(took_s, 0.001)
+        missing = self.in_flight + images - self.max_images
+        return float(min(max(math.ceil(missing / rate), 1), 600))
+
+    def _since_departure_s(self, now: float) -> float:
+        return self._worked_s + (now - self._working_since if self.in_flight else 0.0)
+
+    def _forget(self, now: float) -> None:
+        while self._left and now - self._left[0][0] > _WINDOW_S:
+            self._left.popleft()

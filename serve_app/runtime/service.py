@@ -1,0 +1,162 @@
+"""What every way in shares: admission, defaults, the pipeline, picture files.
+
+HTTP routes and the Python handle both end here. It runs on the ingress's event loop and loads no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from serve_app.config.settings import AppConfig
+from serve_app.pictures import infotext
+from serve_app.pictures.files import encode_image, encode_preview
+from serve_app.request.errors import InvalidRequest
+from serve_app.request.resolve import ModelFacts, ResolvedRequest, parameters, resolve
+from serve_app.request.schema import (
+    MAX_PARTIAL_IMAGES,
+    Accepted,
+    GeneratedImage,
+    ImageReady,
+    ImageRequest,
+    ImageResult,
+    PartialImage,
+    Progress,
+    StreamEvent,
+)
+from serve_app.runtime.admission import Admission
+from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
+
+if TYPE_CHECKING:
+    from serve_app.pictures.arrays import Bytes, Floats
+
+Event = Progress | LatentPreview | ImageReady
+
+
+class ImageService:
+    """Turns requests into results over the four stages."""
+
+    def __init__(self, config: AppConfig, facts: ModelFacts, stages: Stages) -> None:
+        self.config = config
+        self.facts = facts
+        self._stages = stages
+        self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
+
+    async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
+        """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
+        (result,) = await self.generate_all([request], request_id)
+        return result
+
+    async def generate_all(
+        self,
+        requests: Sequence[ImageRequest],
+        request_id: str | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[ImageResult]:
+        """Draws several requests that came as one: all are taken in, or none is.
+
+        `on_event(row, event)`, where given, hears of each request on its way, with all the previews there are.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        resolved = [
+            resolve(request, self.facts, self.config.limits, f"{request_id}-{row}" if row else request_id)
+            for row, request in enumerate(requests)
+        ]
+        with self.admission.hold(sum(request.n for request in resolved)):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(self._draw(request, *self._listening(on_event, row)))
+                        for row, request in enumerate(resolved)
+                    ]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    def _listening(
+        self, on_event: Callable[[int, Event], None] | None, row: int
+    ) -> tuple[Listener | None, Callable[[ImageReady], None] | None]:
+        if on_event is None:
+            return None, None
+        tell = functools.partial(on_event, row)
+        return Listener(tell, MAX_PARTIAL_IMAGES if self.facts.preview_map else 0), tell
+
+    def preview(self, latents: Floats) -> bytes:
+        """A rough picture of latents, (4, H/8, W/8), as a PNG: for those of an event, where there is a map."""
+        assert self.facts.preview_map is not None
+        _, height, width = latents.shape
+        return encode_preview(latents, self.facts.preview_map, width * 8, height * 8, "png")
+
+    async def stream(
+        self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Draws one request and yields its events on the way; the result comes last.
+
+        `partial_images`: previews of each image, 0 to 3; fewer come where the steps are fewer.
+        Without `progress` and previews the denoisers report nothing.
+        The first event is `Accepted`: what is wrong with a request is raised before.
+        """
+        if not 0 <= partial_images <= MAX_PARTIAL_IMAGES:
+            raise InvalidRequest(
+                f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
+            )
+        resolved = resolve(request, self.facts, self.config.limits, request_id)
+        if partial_images and self.facts.preview_map is None:
+            warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
+            resolved = replace(resolved, warnings=(*resolved.warnings, warning))
+            partial_images = 0
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        with self.admission.hold(resolved.n):
+            listener = Listener(events.put_nowait, partial_images) if progress or partial_images else None
+            task = asyncio.create_task(self._draw(resolved, listener, events.put_nowait))
+            task.add_done_callback(lambda _: events.put_nowait(None))
+            try:
+                yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
+                if progress:
+                    yield Progress("encode")
+                while (event := await events.get()) is not None:
+                    if isinstance(event, LatentPreview):
+                        yield await asyncio.to_thread(self._preview, event, resolved)
+                    elif progress or not isinstance(event, Progress):
+                        yield event
+                yield await task
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
+    def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
+        fields = parameters(request, index)
+        name, facts = self.config.model_names[0], self.facts
+        texts = {infotext.PNG_KEY: infotext.infotext(fields, name, facts.native_scheduler, facts.trajectory)}
+        return encode_image(pixels, request.output_format, request.quality, fields, texts)
+
+    def _preview(self, event: LatentPreview, request: ResolvedRequest) -> PartialImage:
+        assert self.facts.preview_map is not None
+        data = encode_preview(
+            event.latents, self.facts.preview_map, request.width, request.height, request.output_format
+        )
+        return PartialImage(event.image, event.index, data, request.output_format, request.width, request.height)
+
+    async def _draw(
+        self,
+        request: ResolvedRequest,
+        listener: Listener | None = None,
+        on_ready: Callable[[ImageReady], None] | None = None,
+    ) -> ImageResult:
+        async def deliver(index: int, pixels: Bytes) -> GeneratedImage:
+            data = await asyncio.to_thread(self._encode_file, pixels, request, index)
+            picture = GeneratedImage(data, request.seed + index, request.output_format, request.width, request.height)
+            if on_ready is not None:
+                on_ready(ImageReady(index, picture))
+            return picture
+
+        drawing = await draw(request, self._stages, deliver, listener)
+        warnings = [*request.warnings, *drawing.warnings]
+        return ImageResult(
+            drawing.images, warnings, drawing.timings, request.request_id, int(time.time()), drawing.text_tokens
+        )
