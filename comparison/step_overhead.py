@@ -20,8 +20,9 @@ from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
+from serve_app.request.facts import DenoiserFacts, ModelFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts, resolve
+from serve_app.request.resolve import resolve
 from serve_app.request.schema import ImageRequest
 from serve_app.runtime.engine import StepEngine
 from serve_app.runtime.scheduling import Budget, StepScheduler
@@ -46,7 +47,7 @@ class TimedDenoiser(Denoiser):
 
 
 def tasks(encoders: TextEncoders, count: int, steps: int, schedulers: tuple[str, ...]) -> Iterator[DenoiseTask]:
-    facts = ModelFacts(128, 1, encoders.base_zeroes_missing_negative, "EulerDiscreteScheduler")
+    facts = ModelFacts(encoders.facts, DenoiserFacts(128, "EulerDiscreteScheduler"))
     for number in range(count):
         request = resolve(
             ImageRequest(

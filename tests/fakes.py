@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serve_app.config.settings import AppConfig
+from serve_app.request.facts import DecoderFacts, DenoiserFacts, ModelFacts, TextFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts
 from serve_app.runtime.pipeline import OnStep, Stages
 from serve_app.runtime.service import ImageService
 from serve_app.runtime.tasks import (
@@ -28,19 +28,13 @@ if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
 FACTS = ModelFacts(
-    native_size_px=64,
-    clip_skip_max=3,
-    base_zeroes_missing_negative=True,
-    native_scheduler="EulerDiscreteScheduler",
-    refined=True,
-    refiner_native_scheduler="EulerDiscreteScheduler",
-    refiner_clip_skip_max=2,
-    refiner_takes_aesthetic_score=True,
-    preview_map=((1.0, 0.0, 0.0),) + ((0.0, 0.0, 0.0),) * 3 + ((0.0, 0.0, 128.0),),  # red is the first channel
+    TextFacts(clip_skip_max=3, base_zeroes_missing_negative=True, refiner_clip_skip_max=2),
+    DenoiserFacts(native_size_px=64, native_scheduler="EulerDiscreteScheduler"),
+    DenoiserFacts(native_size_px=64, native_scheduler="EulerDiscreteScheduler", takes_aesthetic_score=True),
+    # Red is the first channel.
+    DecoderFacts(((1.0, 0.0, 0.0),) + ((0.0, 0.0, 0.0),) * 3 + ((0.0, 0.0, 128.0),)),
 )
-BASE_ALONE = ModelFacts(
-    native_size_px=64, clip_skip_max=3, base_zeroes_missing_negative=True, native_scheduler="EulerDiscreteScheduler"
-)
+BASE_ALONE = ModelFacts(TextFacts(clip_skip_max=3, base_zeroes_missing_negative=True), FACTS.base)
 LIMITS = Limits()
 
 

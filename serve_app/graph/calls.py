@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from serve_app.request.errors import Overloaded, ServiceError, StageUnavailable
+from serve_app.request.facts import DecoderFacts, DenoiserFacts, TextFacts
 from serve_app.runtime.pipeline import OnStep, Stages
 from serve_app.runtime.tasks import Conditioning, DenoiseTask, EncodeTask, Latents, StepReport, Urgency
 
@@ -102,19 +103,27 @@ class _ReportOnce:
             self._on_step(report)
 
 
-async def describe(handle: DeploymentHandle, checkpoints: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Description:
+    """What a stage's replica has loaded: of which `AppConfig.checkpoints`, and what must be known of them."""
+
+    checkpoints: str
+    facts: TextFacts | DenoiserFacts | DecoderFacts
+
+
+async def describe(handle: DeploymentHandle, checkpoints: str) -> Any:
     """What a stage's replica says of its checkpoint, once one with `AppConfig.checkpoints` answers.
 
     While a changed configuration is rolled out, replicas of the former one answer, too.
     """
     for attempt in itertools.count():
-        facts: dict[str, Any] = await retried("describe", lambda: _result(handle.describe.remote()))
-        if facts.pop("checkpoints", None) == checkpoints:
+        found: Description = await retried("describe", lambda: _result(handle.describe.remote()))
+        if found.checkpoints == checkpoints:
             break
         if attempt % _TELL_EVERY == 0:
             logger.info("waiting for a replica of %s that has this configuration's checkpoints", handle.deployment_name)
         await asyncio.sleep(_ASK_AGAIN_S)
-    return facts
+    return found.facts
 
 
 async def _result(response: DeploymentResponse) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ray import serve
 
 from serve_app.config.settings import AppConfig
+from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
 from serve_app.models import checkpoint
@@ -32,7 +33,6 @@ class Denoiser:
         source = config.base if stage == "denoise" else config.refiner
         settings = config.base_denoiser if stage == "denoise" else config.refiner_denoiser
         assert source is not None
-        self._stage = stage
         folder = checkpoint.locate(source, ("unet", "scheduler"))
         checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
         self._denoiser = UNetDenoiser(folder, prepare(config, settings), settings.trace)
@@ -63,21 +63,9 @@ class Denoiser:
         finally:
             work.cancel()
 
-    async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
-        if self._stage == "denoise":
-            return {
-                "checkpoints": self._checkpoints,
-                "native_size_px": self._denoiser.native_size_px,
-                "native_scheduler": self._denoiser.native_scheduler,
-                "trajectory": self._denoiser.trajectory,
-            }
-        return {
-            "checkpoints": self._checkpoints,
-            "refined": True,
-            "refiner_native_scheduler": self._denoiser.native_scheduler,
-            "refiner_takes_aesthetic_score": self._denoiser.takes_aesthetic_score,
-        }
+    async def describe(self) -> Description:
+        """What this replica has loaded."""
+        return Description(self._checkpoints, self._denoiser.facts)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica; see `EngineStats`."""

@@ -14,7 +14,8 @@ from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
-from serve_app.request.resolve import ModelFacts, check_native_size
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import check_native_size
 from serve_app.request.schema import ImageRequest, ImageResult, StreamEvent
 from serve_app.runtime.service import ImageService
 
@@ -34,14 +35,11 @@ class Ingress:
     ) -> None:
         check_options(config)
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
-        facts: dict[str, Any] = {"embedded_demo": config.base.path == "embedded:base"}
-        for part in await asyncio.gather(
-            *(describe(stage, config.checkpoints) for stage in (encoder, base, refiner, decoder) if stage is not None)
-        ):
-            facts |= part
-        check_native_size(facts["native_size_px"], config.limits)
-        stages = remote_stages(encoder, base, refiner, decoder)
-        self._service = ImageService(config, ModelFacts(**facts), stages)
+        stages = [stage for stage in (encoder, decoder, base, refiner) if stage is not None]
+        text, decoded, *denoisers = await asyncio.gather(*(describe(stage, config.checkpoints) for stage in stages))
+        facts = ModelFacts(text, *denoisers, decoder=decoded, embedded_demo=config.base.path == "embedded:base")
+        check_native_size(facts.base.native_size_px, config.limits)
+        self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self._service)

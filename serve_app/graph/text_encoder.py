@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from serve_app.config.settings import AppConfig
+from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
 from serve_app.models import checkpoint
@@ -59,14 +60,9 @@ class TextEncoder:
             )
         return self._encoders.assemble(task, dict(zip(jobs, embeddings, strict=True)))
 
-    async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
-        return {
-            "checkpoints": self._checkpoints,
-            "clip_skip_max": self._encoders.clip_skip_max,
-            "refiner_clip_skip_max": self._encoders.refiner_clip_skip_max,
-            "base_zeroes_missing_negative": self._encoders.base_zeroes_missing_negative,
-        }
+    async def describe(self) -> Description:
+        """What this replica has loaded."""
+        return Description(self._checkpoints, self._encoders.facts)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from serve_app.config.settings import AppConfig
+from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
 from serve_app.models import checkpoint
@@ -51,9 +52,9 @@ class VaeDecoder:
             raise pixels
         return pixels
 
-    async def describe(self) -> dict[str, Any]:
-        """This stage's share of `ModelFacts`, and of which checkpoints it is told."""
-        return {"checkpoints": self._checkpoints, "preview_map": self._decoder.preview_map}
+    async def describe(self) -> Description:
+        """What this replica has loaded."""
+        return Description(self._checkpoints, self._decoder.facts)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from serve_app import __version__
 from serve_app.config.settings import AppConfig
-from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC, DEFAULT_QUALITY, ModelFacts
-from serve_app.request.schema import MAX_IMAGES, MAX_PARTIAL_IMAGES, ImageRequest, SchedulerName
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC, DEFAULT_QUALITY
+from serve_app.request.schedulers import NAMES, SCHEDULERS
+from serve_app.request.schema import MAX_IMAGES, MAX_PARTIAL_IMAGES, ImageRequest
 
 
 class ServiceInfo(BaseModel):
@@ -28,6 +30,7 @@ class ServiceInfo(BaseModel):
     max_partial_images: int = Field(description="Most previews of a picture; 0 where this checkpoint's VAE gives none.")
     native_scheduler: str = Field(description="The checkpoint's own scheduler, which draws where none is named.")
     schedulers: list[str] = Field(description="Names that `scheduler` takes.")
+    scheduler_labels: dict[str, str] = Field(description="By name, what a person reads of a scheduler.")
     defaults: dict[str, Any] = Field(description="Fields of a request that have a value where they are absent.")
 
 
@@ -37,8 +40,8 @@ def service_info(config: AppConfig, facts: ModelFacts) -> ServiceInfo:
     # As JSON has them: lists for pairs.
     defaults = ImageRequest(prompt="p").model_dump(mode="json", exclude={"prompt"}, exclude_none=True)
     defaults |= {
-        "width": facts.native_size_px,
-        "height": facts.native_size_px,
+        "width": facts.base.native_size_px,
+        "height": facts.base.native_size_px,
         "high_noise_frac": DEFAULT_HIGH_NOISE_FRAC if facts.refined else 1.0,
         "output_compression": DEFAULT_QUALITY,
     }
@@ -47,14 +50,15 @@ def service_info(config: AppConfig, facts: ModelFacts) -> ServiceInfo:
         model=config.model_names[0],
         embedded_demo=facts.embedded_demo,
         refined=facts.refined,
-        native_size_px=facts.native_size_px,
+        native_size_px=facts.base.native_size_px,
         min_side_px=limits.min_side_px,
         max_side_px=limits.max_side_px,
         max_pixels=limits.max_pixels,
         max_steps=limits.max_steps,
         max_images=min(MAX_IMAGES, limits.max_images_in_flight),
-        max_partial_images=0 if facts.preview_map is None else MAX_PARTIAL_IMAGES,
-        native_scheduler=facts.native_scheduler,
-        schedulers=list(get_args(SchedulerName)),
+        max_partial_images=0 if facts.decoder.preview_map is None else MAX_PARTIAL_IMAGES,
+        native_scheduler=facts.base.native_scheduler,
+        schedulers=list(NAMES),
+        scheduler_labels={scheduler.name: scheduler.label for scheduler in SCHEDULERS},
         defaults=defaults,
     )

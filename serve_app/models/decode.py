@@ -14,12 +14,13 @@ from serve_app.models import checkpoint
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute
 from serve_app.request.errors import PictureFailed
+from serve_app.request.facts import DecoderFacts
 
 logger = logging.getLogger("ray.serve")
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
-    from serve_app.request.resolve import PreviewMap
+    from serve_app.request.facts import PreviewMap
 
 
 class Decoder:
@@ -37,7 +38,7 @@ class Decoder:
         self._vae.to(compute.device, memory_format=torch.channels_last)
         self._device = compute.device
         self.float32_retries = 0
-        self.preview_map = self._fit_preview_map()
+        self.facts = DecoderFacts(self._fit_preview_map())
 
     @property
     def scale_factor(self) -> int:

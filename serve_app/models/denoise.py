@@ -29,7 +29,7 @@ from serve_app.models.sampling import (
     refiner_timesteps,
 )
 from serve_app.request.errors import InvalidRequest
-from serve_app.request.resolve import Trajectory as TrajectoryFacts
+from serve_app.request.facts import DenoiserFacts, NoiseSchedule
 from serve_app.runtime.scheduling import Job
 from serve_app.runtime.tasks import DenoiseTask, Latents, Stay
 
@@ -73,21 +73,18 @@ class Denoiser:
         self.scale_factor = 8
 
     @property
-    def native_size_px(self) -> int:
-        return int(self._unet.config.sample_size) * self.scale_factor
-
-    @property
-    def native_scheduler(self) -> str:
-        return type(self._native_scheduler).__name__
-
-    @property
-    def trajectory(self) -> TrajectoryFacts:
-        """What of the checkpoint's scheduler decides its timesteps."""
+    def facts(self) -> DenoiserFacts:
+        """What the ingress must know of this checkpoint."""
         config = self._native_scheduler.config
-        names = (field.name for field in fields(TrajectoryFacts))
-        return TrajectoryFacts(
-            **{name: config[name] for name in names if config.get(name) is not None},
-            own_sigmas=any(config.get(name) for name in _OWN_SIGMAS),
+        names = (field.name for field in fields(NoiseSchedule))
+        return DenoiserFacts(
+            native_size_px=int(self._unet.config.sample_size) * self.scale_factor,
+            native_scheduler=type(self._native_scheduler).__name__,
+            noise_schedule=NoiseSchedule(
+                **{name: config[name] for name in names if config.get(name) is not None},
+                own_sigmas=any(config.get(name) for name in _OWN_SIGMAS),
+            ),
+            takes_aesthetic_score=self.takes_aesthetic_score,
         )
 
     @torch.inference_mode()

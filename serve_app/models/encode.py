@@ -17,6 +17,7 @@ import torch
 from serve_app.models import checkpoint
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute
+from serve_app.request.facts import TextFacts
 from serve_app.runtime.tasks import Conditioning, EncodeTask, StageConditioning
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TextEncoders:
             "text_encoder": self._load(base, "text_encoder", "tokenizer"),
             "text_encoder_2": self._load(base, "text_encoder_2", "tokenizer_2"),
         }
-        self.base_zeroes_missing_negative = _zeroes_missing_negative(base)
+        self._base_zeroes_missing_negative = _zeroes_missing_negative(base)
         self._refiner_encoder: EncoderName | None = None
         self._refiner_zeroes_missing_negative = False
         if refiner is not None:
@@ -83,12 +84,14 @@ class TextEncoders:
         )
 
     @property
-    def clip_skip_max(self) -> int:
-        return min(self._encoders[name].clip_skip_max for name in ("text_encoder", "text_encoder_2"))
-
-    @property
-    def refiner_clip_skip_max(self) -> int:
-        return self._encoders[self._refiner_encoder].clip_skip_max if self._refiner_encoder else 0
+    def facts(self) -> TextFacts:
+        """What the ingress must know of the encoders."""
+        encoders, refiners = self._encoders, self._refiner_encoder
+        return TextFacts(
+            clip_skip_max=min(encoders[name].clip_skip_max for name in ("text_encoder", "text_encoder_2")),
+            base_zeroes_missing_negative=self._base_zeroes_missing_negative,
+            refiner_clip_skip_max=encoders[refiners].clip_skip_max if refiners else 0,
+        )
 
     @property
     def refiner_shares_encoder(self) -> bool:
@@ -107,7 +110,7 @@ class TextEncoders:
         }
         negative = task.negative_prompt or ""
         zeroed = task.negative_prompt is None
-        if task.base_guided and not (zeroed and self.base_zeroes_missing_negative):
+        if task.base_guided and not (zeroed and self._base_zeroes_missing_negative):
             jobs["negative_prompt"] = TextJob("text_encoder", negative)
             jobs["negative_prompt_2"] = TextJob("text_encoder_2", task.negative_prompt_2 or negative)
         if task.refined:

@@ -11,47 +11,20 @@ import inspect
 from functools import partial
 from typing import Any
 
+import diffusers.schedulers
 import torch
-from diffusers.schedulers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+
+from serve_app.request.schedulers import BY_CLASS, BY_NAME
 
 Scheduler = Any  # diffusers' schedulers share no useful base class
-
-# Request name -> class and the arguments that go beside the checkpoint's own configuration.
-SCHEDULERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "lms": (LMSDiscreteScheduler, {}),
-}
-
-# Those whose latents are x / alpha: they scale their model's input back.
-_OVER_SIGMAS = (
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
-)
 
 
 def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
     """A fresh scheduler: a copy of the checkpoint's own, or the named one made from its configuration."""
     if name is None:
         return copy.deepcopy(native)
-    scheduler_class, arguments = SCHEDULERS[name]
-    return scheduler_class.from_config(native.config, **arguments)
+    row = BY_NAME[name]
+    return getattr(diffusers.schedulers, row.diffusers_class).from_config(native.config, **row.arguments)
 
 
 def draw_noise(generator: torch.Generator, width: int, height: int, channels: int, factor: int) -> torch.Tensor:
@@ -141,7 +114,8 @@ def predicted_original(
         ratio = ((1 - signal) / signal) ** 0.5
     alpha = (1 + ratio**2) ** -0.5
     sigma = ratio * alpha
-    if isinstance(scheduler, _OVER_SIGMAS):
+    row = BY_CLASS.get(type(scheduler).__name__)
+    if row is not None and row.over_sigmas:
         latents = latents * alpha
     prediction = scheduler.config.prediction_type
     if prediction == "sample":

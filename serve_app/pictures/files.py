@@ -16,7 +16,7 @@ from serve_app.request.schema import OutputFormat
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
-    from serve_app.request.resolve import PreviewMap
+    from serve_app.request.facts import PreviewMap
 
 PNG_KEY = "sdxl-serve"
 _PREVIEW_QUALITY = 80

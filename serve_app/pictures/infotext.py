@@ -19,9 +19,9 @@ from typing import Any
 from serve_app import __version__
 from serve_app.request import refiner_split
 from serve_app.request.errors import InvalidRequest
+from serve_app.request.facts import NoiseSchedule
 from serve_app.request.refiner_split import SDXL
-from serve_app.request.resolve import Trajectory
-from serve_app.request.scheduler_names import DIFFUSERS_CLASSES, from_webui, to_webui
+from serve_app.request.schedulers import find, from_webui, to_webui
 from serve_app.request.schema import FieldKind, ImageRequest, field_kinds, read_text
 
 PNG_KEY = "parameters"
@@ -46,7 +46,7 @@ _READ = {
 
 
 def infotext(
-    parameters: Mapping[str, Any], model: str, native_scheduler: str | None = None, trajectory: Trajectory = SDXL
+    parameters: Mapping[str, Any], model: str, native_scheduler: str | None = None, noise_schedule: NoiseSchedule = SDXL
 ) -> str:
     """The text of one picture.
 
@@ -56,7 +56,7 @@ def infotext(
         native_scheduler: diffusers' class of the checkpoint's own scheduler, for a picture that named none.
     """
     prompt, negative = parameters["prompt"], parameters.get("negative_prompt")
-    values = _values(parameters, model, native_scheduler, trajectory)
+    values = _values(parameters, model, native_scheduler, noise_schedule)
     plain = _text(prompt, negative, values)
     read = parse_infotext(plain)
     # The form can't hold every text: it strips lines, and a line may begin with "Negative prompt:".
@@ -94,11 +94,11 @@ class Read:
     warnings: tuple[str, ...] = field(default=())
 
 
-def read_infotext(text: str, trajectory: Trajectory = SDXL) -> Read:
+def read_infotext(text: str, noise_schedule: NoiseSchedule = SDXL) -> Read:
     """The request that draws an infotext's picture again. Raises `InvalidRequest` about `infotext`."""
     values = parse_infotext(text)
     try:
-        return _read(values, trajectory)
+        return _read(values, noise_schedule)
     except InvalidRequest as error:
         raise InvalidRequest(f"infotext: {error.message}", param="infotext") from None
 
@@ -111,21 +111,21 @@ def clip_skip_of(last_layers: int) -> int | None:
     return last_layers - 2 if last_layers > 2 else None
 
 
-def refiner_share(scheduler: str | None, steps: int, switch_at: float, trajectory: Trajectory) -> float:
+def refiner_share(scheduler: str | None, steps: int, switch_at: float, noise_schedule: NoiseSchedule) -> float:
     """Our `high_noise_frac` for webui's "Refiner switch at" by sampling steps; 1 where the base takes all."""
     wanted = refiner_split.steps_before(switch_at, steps)
-    return refiner_split.high_noise_frac(scheduler or "euler", steps, wanted, trajectory)
+    return refiner_split.high_noise_frac(scheduler or "euler", steps, wanted, noise_schedule)
 
 
 def _values(
-    parameters: Mapping[str, Any], model: str, native_scheduler: str | None, trajectory: Trajectory
+    parameters: Mapping[str, Any], model: str, native_scheduler: str | None, noise_schedule: NoiseSchedule
 ) -> dict[str, str]:
     """The last line's keys and values, in webui's order."""
     steps, share = parameters["num_inference_steps"], parameters.get("high_noise_frac", 1.0)
-    scheduler = parameters.get("scheduler") or DIFFUSERS_CLASSES.get(native_scheduler or "")
+    scheduler = find(parameters.get("scheduler") or native_scheduler or "")
     values = {"Steps": str(steps)}
     if scheduler is not None:
-        values["Sampler"], values["Schedule type"] = to_webui(scheduler)
+        values["Sampler"], values["Schedule type"] = to_webui(scheduler.name)
     values["CFG scale"] = _number(parameters["guidance_scale"])
     values["Seed"] = str(parameters["seed"])
     values["Size"] = f"{parameters['width']}x{parameters['height']}"
@@ -135,11 +135,12 @@ def _values(
     if parameters.get("eta"):
         values["Eta DDIM"] = _number(parameters["eta"])
     if share < 1:
-        base = refiner_split.base_steps(scheduler or "euler", steps, share, trajectory)
+        drawn_by = None if scheduler is None else scheduler.name
+        base = refiner_split.base_steps(drawn_by or "euler", steps, share, noise_schedule)
         values["Refiner"] = _quoted(model)
         values["Refiner switch at"] = _number(base / steps)
         values["Refiner switch by sampling steps"] = "True"
-        if refiner_share(scheduler, steps, base / steps, trajectory) != share:
+        if refiner_share(drawn_by, steps, base / steps, noise_schedule) != share:
             values["high_noise_frac"] = _number(share)
         if parameters.get("refiner_guidance_scale") not in (None, parameters["guidance_scale"]):
             values["refiner_guidance_scale"] = _number(parameters["refiner_guidance_scale"])
@@ -161,7 +162,7 @@ def _text(prompt: str, negative: str | None, values: Mapping[str, str]) -> str:
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())]).strip()
 
 
-def _read(values: Mapping[str, str], trajectory: Trajectory) -> Read:
+def _read(values: Mapping[str, str], noise_schedule: NoiseSchedule) -> Read:
     fields: dict[str, Any] = {"prompt": values["Prompt"], "negative_prompt": values["Negative prompt"] or None}
     warnings: tuple[str, ...] = ()
     for key, name in (("Steps", "num_inference_steps"), ("CFG scale", "guidance_scale"), ("Seed", "seed")):
@@ -178,7 +179,7 @@ def _read(values: Mapping[str, str], trajectory: Trajectory) -> Read:
         fields["clip_skip"] = clip_skip_of(read_text("Clip skip", FieldKind(int), [values["Clip skip"]]))
     if "Eta DDIM" in values:
         fields["eta"] = read_text("Eta DDIM", _KINDS["eta"], [values["Eta DDIM"]])
-    fields["high_noise_frac"] = _read_split(values, fields, trajectory)
+    fields["high_noise_frac"] = _read_split(values, fields, noise_schedule)
     own = [name for name in values if name in _KINDS and name not in _NOT_OF_THE_PICTURE]
     fields |= {name: _read_own(name, values[name]) for name in own}
     unread = [name for name in values if name not in _READ and name not in own]
@@ -186,14 +187,14 @@ def _read(values: Mapping[str, str], trajectory: Trajectory) -> Read:
     return Read(given, values.get("Model"), tuple(unread), warnings)
 
 
-def _read_split(values: Mapping[str, str], fields: Mapping[str, Any], trajectory: Trajectory) -> float:
+def _read_split(values: Mapping[str, str], fields: Mapping[str, Any], noise_schedule: NoiseSchedule) -> float:
     if values.get("Refiner", "None") == "None":
         return 1.0
     switch_at: float = read_text("Refiner switch at", FieldKind(float), [values.get("Refiner switch at", "")])
     steps: int = fields.get("num_inference_steps", ImageRequest.model_fields["num_inference_steps"].default)
     if not 1 <= steps <= 10_000:
         return switch_at  # such a request is refused in any case
-    return refiner_share(fields.get("scheduler"), steps, switch_at, trajectory)
+    return refiner_share(fields.get("scheduler"), steps, switch_at, noise_schedule)
 
 
 def _read_own(name: str, text: str) -> Any:

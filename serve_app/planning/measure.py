@@ -26,7 +26,8 @@ from serve_app.planning.command import parse_size
 from serve_app.planning.passes import WARM_UP, load_denoiser, neighbours, time_passes, walk
 from serve_app.planning.profile import Profile, parse_profile
 from serve_app.request.errors import ConfigurationError
-from serve_app.request.resolve import DEFAULT_QUALITY, ModelFacts, resolve
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import DEFAULT_QUALITY, resolve
 from serve_app.request.schema import ImageRequest
 from serve_app.runtime.tasks import Conditioning, DenoiseTask, Urgency, base_task, encode_task, refiner_task
 
@@ -222,7 +223,7 @@ class _Measurement:
         return all(s.torch_threads == 1 and self._computing(s).device.type == "cpu" for s in stages)
 
     def _usual_sizes(self) -> tuple[Size, ...]:
-        own, limits = self._base.native_size_px, self._config.limits
+        own, limits = self._base.facts.native_size_px, self._config.limits
         sides = (side for side in (own, own // 2, own * 2) if limits.min_side_px <= side <= limits.max_side_px)
         return tuple((side, side) for side in sides if side**2 <= limits.max_pixels and side % 8 == 0)
 
@@ -276,12 +277,7 @@ class _Measurement:
 
     def _request(self, size: Size) -> Any:
         facts = ModelFacts(
-            native_size_px=self._base.native_size_px,
-            clip_skip_max=self._encoders.clip_skip_max,
-            base_zeroes_missing_negative=self._encoders.base_zeroes_missing_negative,
-            native_scheduler=self._base.native_scheduler,
-            refined=self._refiner is not None,
-            refiner_takes_aesthetic_score=self._refiner is not None and self._refiner.takes_aesthetic_score,
+            self._encoders.facts, self._base.facts, None if self._refiner is None else self._refiner.facts
         )
         request = ImageRequest(
             prompt=_PROMPT,

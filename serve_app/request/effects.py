@@ -9,17 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve_app.request.schedulers import SCHEDULERS, find, takes_eta
 from serve_app.request.schema import ImageRequest
-
-WITH_ETA = {
-    "ddim",
-    "CogVideoXDDIMScheduler",
-    "CogVideoXDPMScheduler",
-    "DDIMParallelScheduler",
-    "DDIMScheduler",
-    "TCDScheduler",
-}
-"""The scheduler that a request may name, and diffusers' classes, whose step takes SDXL's `eta`."""
 
 # A stage that has no such field by its nature: nobody expects it to act there.
 _NOT_ITS_OWN = "not its own"
@@ -62,11 +53,9 @@ class _Effect:
 def effect_warnings(request: ImageRequest, facts: StageFacts) -> list[str]:
     """A line for every field that diffusers ignores, or that acts in one of two stages alone."""
     warnings = [line for effect in _effects(request, facts) if (line := effect.warning()) is not None]
-    if facts.refined and facts.refiner_scheduler in ("lms", "LMSDiscreteScheduler"):
-        warnings.append(
-            "scheduler lms starts the refiner with coefficients of order 4 over one derivative, as diffusers does: "
-            "its first step is too long; high_noise_frac 1 avoids it"
-        )
+    scheduler = find(facts.refiner_scheduler)
+    if facts.refined and scheduler is not None and scheduler.in_refiner is not None:
+        warnings.append(f"scheduler {scheduler.name} {scheduler.in_refiner}")
     return warnings
 
 
@@ -89,7 +78,8 @@ def _effects(request: ImageRequest, facts: StageFacts) -> list[_Effect]:
     original, target = request.negative_original_size is not None, request.negative_target_size is not None
 
     def no_eta(scheduler: str) -> tuple[bool, str]:
-        return scheduler not in WITH_ETA, "of the schedulers by name only ddim has it"
+        named = ", ".join(known.name for known in SCHEDULERS if known.takes_eta)
+        return not takes_eta(scheduler), f"of the schedulers by name only {named} has it"
 
     # fmt: off
     return [

@@ -15,19 +15,14 @@ import bisect
 import functools
 import math
 
-from serve_app.request.resolve import Trajectory
+from serve_app.request.facts import NoiseSchedule
+from serve_app.request.schedulers import BY_NAME, KARRAS
 
-# Schedulers of diffusers that leave the last of n + 1 timesteps out (of "leading" and "linspace").
-_ONE_MORE = {"dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc"}
-# These keep "linspace" unrounded; all others are whole numbers.
-_UNROUNDED = {"euler", "euler_ancestral", "heun", "lms"}
-OF_THEIR_OWN = {"ddim", "euler_ancestral", "dpmpp_2m_karras"}
-"""Schedulers whose timesteps are these, whichever noise levels the checkpoint's configuration asks for."""
 _KARRAS_RHO = 7.0  # arXiv 2206.00364, equation 5
 _FIRST_REFINED = 1e-6  # a share of the base that no timestep falls into
 
 
-SDXL = Trajectory()
+SDXL = NoiseSchedule()
 
 
 def steps_before(switch_at: float, steps: int) -> int:
@@ -35,21 +30,21 @@ def steps_before(switch_at: float, steps: int) -> int:
     return sum(1 for step in range(steps) if step / steps < switch_at)
 
 
-def base_steps(scheduler: str, steps: int, high_noise_frac: float, trajectory: Trajectory = SDXL) -> int:
+def base_steps(scheduler: str, steps: int, high_noise_frac: float, noise_schedule: NoiseSchedule = SDXL) -> int:
     """How many timesteps the base takes of a trajectory that is cut at `high_noise_frac`."""
-    total = trajectory.num_train_timesteps
+    total = noise_schedule.num_train_timesteps
     cutoff = round(total - high_noise_frac * total)
-    return sum(1 for timestep in timesteps(scheduler, steps, trajectory) if timestep >= cutoff)
+    return sum(1 for timestep in timesteps(scheduler, steps, noise_schedule) if timestep >= cutoff)
 
 
-def high_noise_frac(scheduler: str, steps: int, wanted: int, trajectory: Trajectory = SDXL) -> float:
+def high_noise_frac(scheduler: str, steps: int, wanted: int, noise_schedule: NoiseSchedule = SDXL) -> float:
     """A `high_noise_frac` that gives the base `wanted` of `steps` timesteps; 1 where it takes all of them.
 
     Where timesteps coincide and no cut gives that many, the nearest number that one gives.
     """
     if wanted >= steps:
         return 1.0
-    visited = timesteps(scheduler, steps, trajectory)
+    visited = timesteps(scheduler, steps, noise_schedule)
     for distance in range(steps):
         for count in (wanted - distance, wanted + distance):
             if count == 0:
@@ -57,32 +52,33 @@ def high_noise_frac(scheduler: str, steps: int, wanted: int, trajectory: Traject
             if 0 < count < steps and visited[count] < visited[count - 1]:
                 cutoff = math.ceil((visited[count] + visited[count - 1]) / 2)
                 if cutoff <= visited[count - 1]:
-                    total = trajectory.num_train_timesteps
+                    total = noise_schedule.num_train_timesteps
                     return (total - cutoff) / total if cutoff < total else _FIRST_REFINED
     return 1.0
 
 
-def timesteps(scheduler: str, steps: int, trajectory: Trajectory = SDXL) -> list[float]:
+def timesteps(scheduler: str, steps: int, noise_schedule: NoiseSchedule = SDXL) -> list[float]:
     """The training timesteps that a scheduler visits in `steps` steps, falling, each once."""
-    total = trajectory.num_train_timesteps
-    if scheduler == "dpmpp_2m_karras":
-        return _karras(steps, trajectory)
-    points = steps + 1 if scheduler in _ONE_MORE else steps
-    if trajectory.timestep_spacing == "leading":
+    total = noise_schedule.num_train_timesteps
+    row = BY_NAME[scheduler]
+    if row.schedule == KARRAS:
+        return _karras(steps, noise_schedule)
+    points = steps + 1 if row.one_more else steps
+    if noise_schedule.timestep_spacing == "leading":
         ratio = total // points
-        visited = [float(k * ratio + trajectory.steps_offset) for k in reversed(range(points))]
-    elif trajectory.timestep_spacing == "trailing":
+        visited = [float(k * ratio + noise_schedule.steps_offset) for k in reversed(range(points))]
+    elif noise_schedule.timestep_spacing == "trailing":
         return [float(round(total - k * total / steps) - 1) for k in range(steps)]
     else:
         visited = [k * (total - 1) / (points - 1) if points > 1 else 0.0 for k in reversed(range(points))]
-        if scheduler not in _UNROUNDED:
+        if row.whole:
             visited = [float(round(timestep)) for timestep in visited]
     return visited[:steps]
 
 
-def _karras(steps: int, trajectory: Trajectory) -> list[float]:
+def _karras(steps: int, noise_schedule: NoiseSchedule) -> list[float]:
     """Karras's noise levels as the timesteps nearest to them in log sigma (arXiv 2206.00364, equation 5)."""
-    log_sigmas = _log_sigmas(trajectory)
+    log_sigmas = _log_sigmas(noise_schedule)
     lowest, highest = (math.exp(log_sigmas[end] / _KARRAS_RHO) for end in (0, -1))
     visited = []
     for k in range(steps):
@@ -95,10 +91,10 @@ def _karras(steps: int, trajectory: Trajectory) -> list[float]:
 
 
 @functools.cache
-def _log_sigmas(trajectory: Trajectory) -> list[float]:
+def _log_sigmas(noise_schedule: NoiseSchedule) -> list[float]:
     """log sigma of every training timestep, rising; sigma^2 = (1 - a) / a with a the product of 1 - beta."""
-    total = trajectory.num_train_timesteps
-    first, last = math.sqrt(trajectory.beta_start), math.sqrt(trajectory.beta_end)
+    total = noise_schedule.num_train_timesteps
+    first, last = math.sqrt(noise_schedule.beta_start), math.sqrt(noise_schedule.beta_end)
     alpha, values = 1.0, []
     for k in range(total):
         alpha *= 1 - (first + (last - first) * k / (total - 1)) ** 2

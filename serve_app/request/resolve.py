@@ -9,49 +9,17 @@ from __future__ import annotations
 import secrets
 import uuid
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from serve_app.demo.grammar import unknown_prompt
 from serve_app.request.effects import StageFacts, effect_warnings
 from serve_app.request.errors import ConfigurationError, InvalidRequest
+from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
 from serve_app.request.schema import MAX_SEED, ImageRequest, OutputFormat
 
 DEFAULT_HIGH_NOISE_FRAC = 0.8
 DEFAULT_QUALITY = 95
-
-
-PreviewMap = tuple[tuple[float, float, float], ...]
-"""A row (red, green, blue) for each latent channel and one for the offset: levels 0 to 255 of scaled latents."""
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What of a checkpoint's scheduler configuration decides its timesteps. As it stands: published SDXL's."""
-
-    timestep_spacing: Literal["leading", "linspace", "trailing"] = "leading"
-    steps_offset: int = 1  # of "leading"
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085  # of the "scaled_linear" schedule
-    beta_end: float = 0.012
-    own_sigmas: bool = False  # spaced otherwise (Karras's and others'), whatever the fields above say
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the ingress must know of the checkpoints; gathered from the replicas, which read them."""
-
-    native_size_px: int
-    clip_skip_max: int
-    base_zeroes_missing_negative: bool
-    native_scheduler: str  # diffusers class name
-    refined: bool = False  # a refiner is configured
-    refiner_native_scheduler: str = ""
-    refiner_clip_skip_max: int = 0
-    refiner_takes_aesthetic_score: bool = False
-    embedded_demo: bool = False  # the base is the miniature model that ships with the project
-    preview_map: PreviewMap | None = None  # latents to colours; None where the VAE gave none
-    trajectory: Trajectory = Trajectory()  # of the base's own scheduler
 
 
 @dataclass(frozen=True)
@@ -94,8 +62,8 @@ class ResolvedRequest:
 
 def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id: str | None = None) -> ResolvedRequest:
     """Fills in a request's defaults for this checkpoint. Raises `InvalidRequest` on what it can't do."""
-    width = request.width or facts.native_size_px
-    height = request.height or facts.native_size_px
+    width = request.width or facts.base.native_size_px
+    height = request.height or facts.base.native_size_px
     _check_size(width, height, limits)
     if request.num_inference_steps > limits.max_steps:
         raise InvalidRequest(
@@ -112,7 +80,9 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         )
     refined = high_noise_frac < 1
 
-    clip_skip_max = min(facts.clip_skip_max, facts.refiner_clip_skip_max) if refined else facts.clip_skip_max
+    clip_skip_max = (
+        min(facts.text.clip_skip_max, facts.text.refiner_clip_skip_max) if refined else facts.text.clip_skip_max
+    )
     if request.clip_skip is not None and request.clip_skip > clip_skip_max:
         raise InvalidRequest(
             f"clip_skip: {request.clip_skip} is above {clip_skip_max}, all that the text encoders' layers allow",
@@ -157,7 +127,7 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         negative_target_size=request.negative_target_size,
         aesthetic_score=request.aesthetic_score,
         negative_aesthetic_score=request.negative_aesthetic_score,
-        refiner_takes_aesthetic_score=facts.refiner_takes_aesthetic_score,
+        refiner_takes_aesthetic_score=facts.refiner is not None and facts.refiner.takes_aesthetic_score,
         clip_skip=request.clip_skip,
         priority=request.priority,
         deadline_s=request.deadline_s,
@@ -206,10 +176,10 @@ def _stage_facts(request: ImageRequest, facts: ModelFacts, refined: bool) -> Sta
         refined=refined,
         base_guided=request.guidance_scale > 1,
         refiner_guided=refined and (request.guidance_scale if refiner_guidance is None else refiner_guidance) > 1,
-        base_scheduler=request.scheduler or facts.native_scheduler,
-        refiner_scheduler=request.scheduler or facts.refiner_native_scheduler,
-        base_zeroes_missing_negative=facts.base_zeroes_missing_negative,
-        refiner_takes_aesthetic_score=facts.refiner_takes_aesthetic_score,
+        base_scheduler=request.scheduler or facts.base.native_scheduler,
+        refiner_scheduler=request.scheduler or ("" if facts.refiner is None else facts.refiner.native_scheduler),
+        base_zeroes_missing_negative=facts.text.base_zeroes_missing_negative,
+        refiner_takes_aesthetic_score=facts.refiner is not None and facts.refiner.takes_aesthetic_score,
     )
 
 

@@ -16,21 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from serve_app.request.errors import InvalidRequest
+from serve_app.request.schedulers import SchedulerName
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SchedulerName = Literal[
-    "euler",
-    "euler_ancestral",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "heun",
-    "ddim",
-    "unipc",
-    "lms",
-]
 OutputFormat = Literal["png", "jpeg", "webp"]
 StageName = Literal["encode", "denoise", "refine", "decode"]
 

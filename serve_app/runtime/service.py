@@ -17,7 +17,8 @@ from serve_app.config.settings import AppConfig
 from serve_app.pictures import infotext
 from serve_app.pictures.files import encode_image, encode_preview
 from serve_app.request.errors import InvalidRequest
-from serve_app.request.resolve import ModelFacts, ResolvedRequest, parameters, resolve
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import ResolvedRequest, parameters, resolve
 from serve_app.request.schema import (
     MAX_PARTIAL_IMAGES,
     Accepted,
@@ -84,13 +85,13 @@ class ImageService:
         if on_event is None:
             return None, None
         tell = functools.partial(on_event, row)
-        return Listener(tell, MAX_PARTIAL_IMAGES if self.facts.preview_map else 0), tell
+        return Listener(tell, MAX_PARTIAL_IMAGES if self.facts.decoder.preview_map else 0), tell
 
     def preview(self, latents: Floats) -> bytes:
         """A rough picture of latents, (4, H/8, W/8), as a PNG: for those of an event, where there is a map."""
-        assert self.facts.preview_map is not None
+        assert self.facts.decoder.preview_map is not None
         _, height, width = latents.shape
-        return encode_preview(latents, self.facts.preview_map, width * 8, height * 8, "png")
+        return encode_preview(latents, self.facts.decoder.preview_map, width * 8, height * 8, "png")
 
     async def stream(
         self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
@@ -106,7 +107,7 @@ class ImageService:
                 f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
             )
         resolved = resolve(request, self.facts, self.config.limits, request_id)
-        if partial_images and self.facts.preview_map is None:
+        if partial_images and self.facts.decoder.preview_map is None:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
             partial_images = 0
@@ -131,14 +132,14 @@ class ImageService:
 
     def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
         fields = parameters(request, index)
-        name, facts = self.config.model_names[0], self.facts
-        texts = {infotext.PNG_KEY: infotext.infotext(fields, name, facts.native_scheduler, facts.trajectory)}
+        name, base = self.config.model_names[0], self.facts.base
+        texts = {infotext.PNG_KEY: infotext.infotext(fields, name, base.native_scheduler, base.noise_schedule)}
         return encode_image(pixels, request.output_format, request.quality, fields, texts)
 
     def _preview(self, event: LatentPreview, request: ResolvedRequest) -> PartialImage:
-        assert self.facts.preview_map is not None
+        assert self.facts.decoder.preview_map is not None
         data = encode_preview(
-            event.latents, self.facts.preview_map, request.width, request.height, request.output_format
+            event.latents, self.facts.decoder.preview_map, request.width, request.height, request.output_format
         )
         return PartialImage(event.image, event.index, data, request.output_format, request.width, request.height)
 

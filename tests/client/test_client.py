@@ -153,7 +153,7 @@ async def test_models_and_health(world: World) -> None:
     with Client(world.url) as client:
         assert client.models() == list(world.images.config.model_names)
         assert client.health()["status"] == "ok"
-        assert client.info().native_size_px == world.images.facts.native_size_px
+        assert client.info().native_size_px == world.images.facts.base.native_size_px
     async with AsyncClient(world.url) as client:
         assert await client.models() == list(world.images.config.model_names)
         assert (await client.health())["images_in_flight"] == 0

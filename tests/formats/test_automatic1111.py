@@ -15,23 +15,26 @@ from serve_app.formats.automatic1111.fields import OVERRIDES, Txt2ImgFields
 from serve_app.pictures.infotext import infotext, parse_infotext
 from serve_app.request import refiner_split
 from serve_app.request.errors import InvalidRequest, ModelNotFound, Overloaded, ServiceError
+from serve_app.request.facts import ModelFacts, NoiseSchedule
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import Trajectory, parameters, resolve
+from serve_app.request.resolve import parameters, resolve
 from serve_app.request.schema import GeneratedImage, ImageRequest, ImageResult
+from tests.fakes import BASE_ALONE
 from tests.pictures.test_infotext import FACTS
 from tests.strategies import JSON
 
 NAMES = ("sdxl", "other")
 SEED = 99
-PLAIN = ImageRequest(prompt="p", seed=SEED, guidance_scale=7.0, scheduler="euler")
+PLAIN = ImageRequest(prompt="p", seed=SEED, guidance_scale=7.0)
+SPACED_ANOTHER_WAY = replace(FACTS, base=replace(FACTS.base, noise_schedule=NoiseSchedule(own_sigmas=True)))
 
 
 def decode(**fields: Any) -> automatic1111.Decoded:
-    return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED)
+    return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED, FACTS)
 
 
-def decode_for(fields: dict[str, Any], **of_the_service: Any) -> automatic1111.Decoded:
-    return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED, **of_the_service)
+def decode_for(fields: dict[str, Any], facts: ModelFacts) -> automatic1111.Decoded:
+    return automatic1111.decode(json.dumps({"prompt": "p"} | fields).encode(), NAMES, 32, SEED, facts)
 
 
 def request(**fields: Any) -> ImageRequest:
@@ -105,11 +108,11 @@ def test_sampler_and_schedule_name_one_scheduler(name: str, schedule: str | None
 
 
 def test_a_sampler_or_schedule_that_is_not_there_is_refused_and_ours_are_listed() -> None:
-    listed = "Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, Heun, DDIM, UniPC, LMS"
+    listed = "Automatic, Euler, Euler a, DPM++ 2M, DPM++ 2M Karras, DPM++ 2M SDE, Heun, DDIM, UniPC, LMS"
     assert refusal(sampler_name="PLMS").message == f"sampler_name: 'PLMS' is unknown; this service has {listed}"
     assert refusal(sampler_index="PLMS").param == "sampler_index"
     error = refusal(sampler_name="Euler", scheduler="SGM Uniform")
-    assert error.message == "scheduler: 'SGM Uniform' is not to be had; this service has Automatic, Uniform, Karras"
+    assert error.message == "scheduler: 'SGM Uniform' is unknown; this service has Automatic, Uniform, Karras"
     assert refusal(sampler_name="Euler", scheduler="Karras").param == "scheduler"
     assert refusal(sampler_name="DPM++ 2M Karras", scheduler="Uniform").param == "scheduler"
 
@@ -182,22 +185,22 @@ def test_a_rule_for_a_switch_without_one_is_said(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize("fields", [{}, {"refiner_switch_at": 0.8}, {"refiner_switch_at": 1.0}])
 def test_a_refiner_that_the_service_lacks_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="this service has no refiner") as caught:
-        decode_for({"refiner_checkpoint": "sd_xl_refiner_1.0.safetensors"} | fields, refined=False)
+        decode_for({"refiner_checkpoint": "sd_xl_refiner_1.0.safetensors"} | fields, BASE_ALONE)
     assert caught.value.param == "refiner_checkpoint"
-    assert decode_for({"refiner_checkpoint": "None"}, refined=False).warnings == ()
+    assert decode_for({"refiner_checkpoint": "None"}, BASE_ALONE).warnings == ()
 
 
 def test_what_the_answer_could_not_repeat_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="script_args: holds a number that is too large"):
-        automatic1111.decode(b'{"prompt": "p", "script_args": [{"a": 1e999}]}', NAMES, 32, SEED)
+        automatic1111.decode(b'{"prompt": "p", "script_args": [{"a": 1e999}]}', NAMES, 32, SEED, FACTS)
 
 
 def test_a_switch_by_steps_that_the_scheduler_spaces_itself_is_said_to_be_rough() -> None:
     fields = {"refiner_checkpoint": "refiner", "refiner_switch_at": 0.8}
-    (warning,) = decode_for(fields, trajectory=Trajectory(own_sigmas=True)).warnings
+    (warning,) = decode_for(fields, SPACED_ANOTHER_WAY).warnings
     assert "only about" in warning
     for sampler in ("DDIM", "Euler a"):
-        assert decode_for(fields | {"sampler_name": sampler}, trajectory=Trajectory(own_sigmas=True)).warnings == ()
+        assert decode_for(fields | {"sampler_name": sampler}, SPACED_ANOTHER_WAY).warnings == ()
 
 
 def test_eta_is_ddims() -> None:
@@ -270,7 +273,7 @@ def test_an_unknown_model_is_404() -> None:
         ({"override_settings": {"enable_pnginfo": False}}, "override_settings.enable_pnginfo has no effect"),
         ({"override_settings": {"foo": 1}}, "override_settings.foo is unknown and was ignored"),
         ({"num_inference_steps": 5}, "num_inference_steps is unknown and was ignored"),
-        ({"sampler_name": "Euler", "sampler_index": "DDIM"}, "sampler_index has no effect beside sampler_name"),
+        ({"sampler_name": "Automatic", "sampler_index": "DDIM"}, "sampler_index has no effect beside sampler_name"),
     ],
 )
 def test_what_has_no_effect_is_said(fields: dict[str, Any], warning: str) -> None:
@@ -341,7 +344,7 @@ def test_an_infotext_gives_what_the_body_does_not() -> None:
         "Size: 64x128, Model: elsewhere, Clip skip: 3, Version: v1.10.0, Hires upscale: 2"
     )
     body = json.dumps({"infotext": text, "steps": 30, "prompt": "two cats"}).encode()
-    asked = automatic1111.decode(body, NAMES, 32, SEED)
+    asked = automatic1111.decode(body, NAMES, 32, SEED, FACTS)
     assert asked.requests == [
         ImageRequest(
             prompt="two cats", negative_prompt="dog", num_inference_steps=30, scheduler="dpmpp_2m_karras",
@@ -354,7 +357,7 @@ def test_an_infotext_gives_what_the_body_does_not() -> None:
     )
     assert decode(infotext="a cat\nSteps: 5, CFG scale: 2, Size: 64x64, Seed: 1", negative_prompt="").requests == [
         ImageRequest(
-            prompt="p", num_inference_steps=5, scheduler="euler", guidance_scale=2.0, seed=1, width=64, height=64,
+            prompt="p", num_inference_steps=5, guidance_scale=2.0, seed=1, width=64, height=64,
             high_noise_frac=1.0,
         )
     ]  # fmt: skip
@@ -368,7 +371,7 @@ def test_a_pictures_own_infotext_draws_it_again() -> None:
     )  # fmt: skip
     drawn = parameters(resolve(asked, FACTS, Limits()), 0)
     body = json.dumps({"infotext": infotext(drawn, "sdxl")}).encode()
-    again = automatic1111.decode(body, NAMES, 32, SEED).requests[0]
+    again = automatic1111.decode(body, NAMES, 32, SEED, FACTS).requests[0]
     # webui zeroes an empty negative prompt, which for this base is a missing one
     assert again == asked.model_copy(update={"negative_prompt": None})
 
@@ -386,7 +389,7 @@ def test_the_response_is_webuis() -> None:
         negative_prompt="n", seed=5, batch_size=2, steps=10, sampler_name="DPM++ 2M Karras", tiling=True,
         refiner_checkpoint="refiner", refiner_switch_at=0.5,
     )  # fmt: skip
-    body = automatic1111.encode(asked, [result(one) for one in asked.requests], "sdxl", refined=True)
+    body = automatic1111.encode(asked, [result(one) for one in asked.requests], "sdxl", FACTS)
     assert [base64.b64decode(image) for image in body["images"]] == [b"one", b"one"]
     assert body["warnings"] == ["tiling has no effect", "cut"]
     assert body["parameters"] == Txt2ImgFields().model_dump() | {
@@ -412,18 +415,18 @@ def test_the_response_is_webuis() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("refined", [True, False])
-def test_info_and_the_picture_hold_the_same_infotext(refined: bool) -> None:
-    facts = replace(FACTS, refined=refined)
+@pytest.mark.parametrize("facts", [FACTS, replace(FACTS, refiner=None)])
+def test_info_and_the_picture_hold_the_same_infotext(facts: ModelFacts) -> None:
     asked = decode(seed=5, batch_size=2, override_settings={"CLIP_stop_at_last_layers": 3}, prompt_2="q")
     resolved = resolve(asked.requests[0], facts, Limits())
-    body = automatic1111.encode(asked, [result(asked.requests[0], 128, 128)], "sdxl", refined)
-    assert json.loads(body["info"])["infotexts"] == [infotext(parameters(resolved, i), "sdxl") for i in (0, 1)]
+    body = automatic1111.encode(asked, [result(asked.requests[0], 128, 128)], "sdxl", facts)
+    own = facts.base.native_scheduler
+    assert json.loads(body["info"])["infotexts"] == [infotext(parameters(resolved, i), "sdxl", own) for i in (0, 1)]
 
 
 def test_pictures_can_be_left_out() -> None:
     asked = decode(send_images=False)
-    body = automatic1111.encode(asked, [result(one) for one in asked.requests], "sdxl", refined=False)
+    body = automatic1111.encode(asked, [result(one) for one in asked.requests], "sdxl", BASE_ALONE)
     assert body["images"] == [] and json.loads(body["info"])["all_seeds"] == [SEED]
 
 

@@ -8,7 +8,9 @@ from serve_app.formats.automatic1111 import status as automatic1111_status
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.automatic1111.fields import OVERRIDES
 from serve_app.formats.automatic1111.status import Job, Tracker
+from serve_app.request.schedulers import NAMES
 from serve_app.request.schema import GeneratedImage, ImageReady, ImageRequest, Progress
+from tests.fakes import FACTS
 
 
 def test_nothing_is_drawn() -> None:
@@ -81,21 +83,19 @@ def test_every_listed_name_is_accepted() -> None:
         ),
     ]
     drawn = {
-        automatic1111.decode(json.dumps({"prompt": "p"} | body).encode(), names, 1, 0).requests[0].scheduler
+        automatic1111.decode(json.dumps({"prompt": "p"} | body).encode(), names, 1, 0, FACTS).requests[0].scheduler
         for body in bodies
     }
-    assert len(drawn) == 9  # every scheduler of ours can be reached
+    assert drawn == {None, *NAMES}  # every scheduler of ours can be reached, and the checkpoint's own
 
 
 def test_the_options_are_those_that_hold_anyway() -> None:
     options = automatic1111_status.encode_options(("sdxl",))
     override = {name: value for name, value in options.items() if name in OVERRIDES}
     body = {"prompt": "p", "override_settings": override}
-    asked = automatic1111.decode(json.dumps(body).encode(), ("sdxl",), 1, 7)
+    asked = automatic1111.decode(json.dumps(body).encode(), ("sdxl",), 1, 7, FACTS)
     assert asked.warnings == ()
-    assert asked.requests == [
-        ImageRequest(prompt="p", seed=7, guidance_scale=7.0, scheduler="euler", output_compression=95)
-    ]
+    assert asked.requests == [ImageRequest(prompt="p", seed=7, guidance_scale=7.0, output_compression=95)]
 
 
 def test_the_rest_answers_in_shape() -> None:

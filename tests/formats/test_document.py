@@ -23,6 +23,7 @@ from serve_app.formats.openai import wire as openai
 from serve_app.formats.stability import wire as stability
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.schema import ImageRequest, parse_request
+from tests.fakes import FACTS
 
 NAMES = ("sdxl",)
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "fields.md"
@@ -38,7 +39,7 @@ def hugging_face_decode(body: dict[str, Any]) -> Any:
 
 
 def automatic1111_decode(body: dict[str, Any]) -> Any:
-    asked = automatic1111.decode(json.dumps(body).encode(), NAMES, 32, 99)
+    asked = automatic1111.decode(json.dumps(body).encode(), NAMES, 32, 99, FACTS)
     return dataclasses.replace(asked, parameters={})  # these repeat the body, whatever it does
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serve_app.formats.stability import wire as stability
 from serve_app.request.errors import InvalidRequest, ModelNotFound, NotAcceptable, Overloaded, ServiceError
+from serve_app.request.schedulers import BY_STABILITY
 from serve_app.request.schema import GeneratedImage, ImageRequest, ImageResult
 from tests.strategies import JSON
 
@@ -104,7 +105,9 @@ def test_there_is_exactly_one_positive_prompt(prompts: list[tuple[str, float]]) 
     assert error.param == "text_prompts" and error.message.endswith("SDXL takes exactly one")
 
 
-@pytest.mark.parametrize(("sampler", "ours"), [*stability.SAMPLERS.items(), ("unipc", "unipc"), (None, None)])
+@pytest.mark.parametrize(
+    ("sampler", "ours"), [*((s, row.name) for s, row in BY_STABILITY.items()), ("unipc", "unipc"), (None, None)]
+)
 def test_samplers(sampler: str | None, ours: str | None) -> None:
     assert decode(sampler=sampler).request.scheduler == ours
 
@@ -112,7 +115,7 @@ def test_samplers(sampler: str | None, ours: str | None) -> None:
 @pytest.mark.parametrize("sampler", ["DDPM", "K_DPM_2", "K_DPM_2_ANCESTRAL", "K_DPMPP_2S_ANCESTRAL", ""])
 def test_a_sampler_that_is_not_there_is_refused_and_ours_are_listed(sampler: str) -> None:
     assert refusal(sampler=sampler).message == (
-        f"sampler: {sampler!r} is not to be had; this service has DDIM, K_DPMPP_2M, K_EULER, K_EULER_ANCESTRAL, "
+        f"sampler: {sampler!r} is unknown; this service has DDIM, K_DPMPP_2M, K_EULER, K_EULER_ANCESTRAL, "
         "K_HEUN, K_LMS, dpmpp_2m_karras, dpmpp_2m_sde, unipc"
     )
 

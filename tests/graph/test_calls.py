@@ -17,6 +17,7 @@ from serve_app.graph import calls
 from serve_app.graph.calls import _ReportOnce, retried
 from serve_app.graph.replica import working
 from serve_app.request.errors import InvalidRequest, Overloaded, PictureFailed, StageUnavailable
+from serve_app.request.facts import DecoderFacts, TextFacts
 from serve_app.request.resolve import resolve
 from serve_app.request.schema import ImageRequest
 from serve_app.runtime.tasks import Conditioning, StepReport, Urgency, base_task, encode_task
@@ -205,9 +206,10 @@ async def test_a_replica_of_the_former_checkpoints_is_not_believed(monkeypatch: 
     new = AppConfig(vae=ModelSource(path="other")).checkpoints
     assert new != AppConfig().checkpoints
     assert AppConfig(model_names=("other",)).checkpoints == AppConfig().checkpoints, "the same is loaded"
-    old = {"checkpoints": AppConfig().checkpoints, "native_size_px": 512}
-    handle: Any = Handle(dict(old), dict(old), {"checkpoints": new, "native_size_px": 1024})
-    assert await calls.describe(handle, new) == {"native_size_px": 1024}
+    old = calls.Description(AppConfig().checkpoints, DecoderFacts())
+    facts = TextFacts(clip_skip_max=1, base_zeroes_missing_negative=True)
+    handle: Any = Handle(old, old, calls.Description(new, facts))
+    assert await calls.describe(handle, new) == facts
     assert len(handle.sent) == 3
 
 

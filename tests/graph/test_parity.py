@@ -12,8 +12,9 @@ from ray import serve
 
 from serve_app.graph.calls import remote_stages
 from serve_app.graph.local import Running
+from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts, resolve
+from serve_app.request.resolve import resolve
 from serve_app.request.schema import ImageRequest
 from serve_app.runtime.pipeline import Stages, draw
 from serve_app.runtime.tasks import DenoiseTask, Latents
@@ -76,14 +77,11 @@ async def pixels_themselves(index: int, pixels: np.ndarray) -> np.ndarray:
 
 async def test_latents_of_each_stage(graph: Running, expected: dict[str, list[Expected]]) -> None:
     handles = [serve.get_deployment_handle(n, "sdxl") for n in ("TextEncoder", "BaseDenoiser", "Refiner", "VaeDecoder")]
-    facts: dict[str, Any] = {}
-    for handle in handles[:3]:
-        facts |= await handle.describe.remote()
-    del facts["checkpoints"]
+    facts = ModelFacts(*[(await handle.describe.remote()).facts for handle in handles[:3]])
     took_part = {"denoise": 0, "refine": 0}
     for name, request in CASES.items():
         recorder = Recorder(remote_stages(*handles))
-        resolved = resolve(request.model_copy(update={"n": 1}), ModelFacts(**facts), Limits())
+        resolved = resolve(request.model_copy(update={"n": 1}), facts, Limits())
         drawing = await draw(resolved, recorder.stages, pixels_themselves)
         theirs = expected[name][0]
         assert set(recorder.latents) == set(theirs.latents), name

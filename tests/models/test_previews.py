@@ -19,8 +19,9 @@ from serve_app.demo.training.data import draw_sample, to_tensor
 from serve_app.models.checkpoint import Checkpoint, load_scheduler
 from serve_app.models.decode import Decoder
 from serve_app.models.denoise import Denoiser
-from serve_app.models.sampling import SCHEDULERS, base_timesteps, make_scheduler, predicted_original
+from serve_app.models.sampling import base_timesteps, make_scheduler, predicted_original
 from serve_app.pictures.files import encode_preview
+from serve_app.request.schedulers import NAMES
 from tests.models.test_stages import FLOAT32, base, task
 
 __all__ = ["base"]  # the fixture
@@ -59,7 +60,7 @@ def test_a_first_step_with_no_signal_left_has_a_preview_too(base: Checkpoint) ->
     torch.testing.assert_close(ours, own, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_perfect_model_s_original_is_predicted_by_every_scheduler(base: Checkpoint, name: str) -> None:
     """Where the model tells the very noise that is in the latents, the original is what they were made of."""
     scheduler = make_scheduler(load_scheduler(base), name)
@@ -93,13 +94,13 @@ def test_previews_come_after_the_steps_that_were_asked_for(base: Checkpoint) -> 
 def test_a_preview_is_near_the_picture(base: Checkpoint) -> None:
     """The embedded model's own VAE: what a preview makes of a picture's latents against the picture made small."""
     decoder = Decoder(Checkpoint(DEMO_FOLDER / "base", None), FLOAT32)
-    assert decoder.preview_map is not None
+    assert decoder.facts.preview_map is not None
     scenes = sample_scenes(6, seed=3, held_out=False)
     for number, scene in enumerate(scenes):
         picture = draw_sample(scene, 128, 128, random.Random(number)).picture
         with torch.inference_mode():
             latents = decoder._scale(decoder._vae.encode(to_tensor(picture)[None]).latent_dist.mean)[0].numpy()
-        data = encode_preview(latents, decoder.preview_map, 128, 128, "png")
+        data = encode_preview(latents, decoder.facts.preview_map, 128, 128, "png")
         preview = np.asarray(Image.open(io.BytesIO(data))).astype(float)
         small = np.asarray(picture.resize((16, 16), Image.Resampling.BOX).resize((128, 128), Image.Resampling.BICUBIC))
         near = np.abs(preview - small).mean()
@@ -118,7 +119,7 @@ def test_the_preview_map_undoes_the_vae_s_own_statistics(tiny: Path, tmp_path: P
     latents = torch.randn((1, 4, 2, 2), generator=torch.Generator().manual_seed(0))
     colours = []
     for decoder in (plain, shifted):
-        weights = np.asarray(decoder.preview_map)
+        weights = np.asarray(decoder.facts.preview_map)
         scaled = decoder._scale(latents)[0].movedim(0, -1).numpy()
         colours.append(scaled @ weights[:-1] + weights[-1])
         torch.testing.assert_close(decoder._unscale(decoder._scale(latents)), latents)

@@ -19,8 +19,9 @@ from serve_app.models.decode import Decoder
 from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
+from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts, resolve
+from serve_app.request.resolve import resolve
 from serve_app.request.schema import ImageRequest, SchedulerName, get_args, parse_request
 from serve_app.runtime.tasks import DenoiseTask, Latents, Stay, Urgency, base_task, encode_task, refiner_task
 from tests.reference import Reference
@@ -60,16 +61,7 @@ class Graph:
         self.encoders = TextEncoders(base, refiner, compute)
         self.base, self.refiner = Denoiser(base, compute), Denoiser(refiner, compute)
         self.decoder = Decoder(base, compute)
-        self.facts = ModelFacts(
-            native_size_px=self.base.native_size_px,
-            clip_skip_max=self.encoders.clip_skip_max,
-            base_zeroes_missing_negative=self.encoders.base_zeroes_missing_negative,
-            native_scheduler=self.base.native_scheduler,
-            refined=True,
-            refiner_native_scheduler=self.refiner.native_scheduler,
-            refiner_clip_skip_max=self.encoders.refiner_clip_skip_max,
-            refiner_takes_aesthetic_score=self.refiner.takes_aesthetic_score,
-        )
+        self.facts = ModelFacts(self.encoders.facts, self.base.facts, self.refiner.facts)
 
     def draw(self, request: ImageRequest, dice: random.Random) -> np.ndarray:
         resolved = resolve(request, self.facts, Limits())

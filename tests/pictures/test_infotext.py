@@ -13,20 +13,16 @@ from serve_app import __version__
 from serve_app.pictures.files import encode_image, read_parameters
 from serve_app.pictures.infotext import PNG_KEY, infotext, parse_infotext, read_infotext
 from serve_app.request.errors import InvalidRequest
+from serve_app.request.facts import DenoiserFacts, ModelFacts, TextFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts, parameters, resolve
+from serve_app.request.resolve import parameters, resolve
 from serve_app.request.schema import ImageRequest, SchedulerName, field_kinds, parse_request
 from tests.cases import CASES
 
 FACTS = ModelFacts(
-    native_size_px=128,
-    clip_skip_max=10,
-    base_zeroes_missing_negative=True,
-    native_scheduler="EulerDiscreteScheduler",
-    refined=True,
-    refiner_native_scheduler="EulerDiscreteScheduler",
-    refiner_clip_skip_max=10,
-    refiner_takes_aesthetic_score=True,
+    TextFacts(clip_skip_max=10, base_zeroes_missing_negative=True, refiner_clip_skip_max=10),
+    DenoiserFacts(native_size_px=128, native_scheduler="EulerDiscreteScheduler"),
+    DenoiserFacts(native_size_px=128, native_scheduler="EulerDiscreteScheduler", takes_aesthetic_score=True),
 )
 LIMITS = Limits(min_side_px=8, max_pixels=2048**2, max_steps=500)
 

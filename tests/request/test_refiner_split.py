@@ -11,8 +11,10 @@ import pytest
 from diffusers.schedulers import EulerDiscreteScheduler
 
 import serve_app
-from serve_app.models.sampling import SCHEDULERS, base_timesteps, make_scheduler, refiner_timesteps
-from serve_app.request.refiner_split import Trajectory, base_steps, high_noise_frac, steps_before, timesteps
+from serve_app.models.sampling import base_timesteps, make_scheduler, refiner_timesteps
+from serve_app.request.facts import NoiseSchedule
+from serve_app.request.refiner_split import base_steps, high_noise_frac, steps_before, timesteps
+from serve_app.request.schedulers import NAMES
 
 CONFIG = Path(serve_app.__file__).parent / "demo/base/scheduler/scheduler_config.json"
 SHARES = (0.0, 0.01, 0.1, 0.28, 1 / 3, 0.5, 0.7, 0.75, 0.8, 0.9, 0.99, 1.0)
@@ -41,26 +43,26 @@ def true_base_steps(scheduler: Any, share: float) -> int:
 
 def test_the_trajectory_is_that_of_the_published_configuration() -> None:
     config = json.loads(CONFIG.read_text())
-    published = Trajectory()
+    published = NoiseSchedule()
     for name in ("timestep_spacing", "steps_offset", "num_train_timesteps", "beta_start", "beta_end"):
         assert getattr(published, name) == config[name]
     assert config["beta_schedule"] == "scaled_linear"
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "dpmpp_2m_karras"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dpmpp_2m_karras"])
 def test_the_base_takes_exactly_the_steps_that_webui_gives_it(name: str, spacing: Any) -> None:
-    trajectory = Trajectory(timestep_spacing=spacing)
+    noise_schedule = NoiseSchedule(timestep_spacing=spacing)
     every = range(1, 151) if name == "euler" else (*range(1, 12), 20, 25, 30, 41, 48, 50, 61, 75, 100, 150)
     for steps in every:
         scheduler = visited(spacing, name, steps)
         for switch_at in SHARES:
             wanted = sum(step / steps < switch_at for step in range(steps))  # webui's rule
             assert steps_before(switch_at, steps) == wanted
-            share = high_noise_frac(name, steps, wanted, trajectory)
+            share = high_noise_frac(name, steps, wanted, noise_schedule)
             assert 0 < share <= 1
             assert true_base_steps(scheduler, share) == wanted, (steps, switch_at)
-            assert base_steps(name, steps, share, trajectory) == wanted, (steps, switch_at)
+            assert base_steps(name, steps, share, noise_schedule) == wanted, (steps, switch_at)
 
 
 @pytest.mark.parametrize("steps", [7, 30, 50])
@@ -80,7 +82,7 @@ def test_karras_is_exact_until_its_timesteps_coincide() -> None:
             assert abs(got - wanted) <= (0 if steps <= 44 else 3), (steps, switch_at)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_timesteps_are_diffusers(name: str) -> None:
     for steps in (1, 2, 7, 17, 30, 50, 150):
         theirs = list(dict.fromkeys(visited("leading", name, steps).timesteps.tolist()))
@@ -88,6 +90,6 @@ def test_the_timesteps_are_diffusers(name: str) -> None:
 
 
 def test_a_share_of_ours_is_counted_as_diffusers_does() -> None:
-    for name in SCHEDULERS:
+    for name in NAMES:
         for share in (0.02, 0.5, 0.8, 0.97):
             assert base_steps(name, 30, share) == true_base_steps(visited("leading", name, 30), share)

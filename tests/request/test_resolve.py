@@ -8,19 +8,26 @@ from typing import Any
 import diffusers.schedulers
 import pytest
 
-from serve_app.request.effects import WITH_ETA
 from serve_app.request.errors import InvalidRequest
+from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
-from serve_app.request.resolve import ModelFacts, ResolvedRequest, parameters, resolve
+from serve_app.request.resolve import ResolvedRequest, parameters, resolve
+from serve_app.request.schedulers import CLASSES_WITH_ETA, SCHEDULERS
 from serve_app.request.schema import MAX_SEED, ImageRequest
 from tests.fakes import BASE_ALONE, FACTS, LIMITS
 
-TARGET_SIZE_REFINER = replace(FACTS, refiner_takes_aesthetic_score=False)
-ENCODES_NEGATIVE = replace(FACTS, base_zeroes_missing_negative=False)
-NATIVE_LMS = replace(FACTS, refiner_native_scheduler="LMSDiscreteScheduler")
-NATIVE_DDIM = replace(FACTS, native_scheduler="DDIMScheduler")
-NATIVE_TCD = replace(FACTS, native_scheduler="TCDScheduler", refiner_native_scheduler="TCDScheduler")
-NATIVE_DDIM_REFINER = replace(FACTS, refiner_native_scheduler="DDIMScheduler")
+_REFINER = FACTS.refiner
+assert _REFINER is not None
+TARGET_SIZE_REFINER = replace(FACTS, refiner=replace(_REFINER, takes_aesthetic_score=False))
+ENCODES_NEGATIVE = replace(FACTS, text=replace(FACTS.text, base_zeroes_missing_negative=False))
+NATIVE_LMS = replace(FACTS, refiner=replace(_REFINER, native_scheduler="LMSDiscreteScheduler"))
+NATIVE_DDIM = replace(FACTS, base=replace(FACTS.base, native_scheduler="DDIMScheduler"))
+NATIVE_TCD = replace(
+    FACTS,
+    base=replace(FACTS.base, native_scheduler="TCDScheduler"),
+    refiner=replace(_REFINER, native_scheduler="TCDScheduler"),
+)
+NATIVE_DDIM_REFINER = replace(FACTS, refiner=replace(_REFINER, native_scheduler="DDIMScheduler"))
 
 
 def resolved(facts: ModelFacts = FACTS, limits: Limits = LIMITS, **fields: Any) -> ResolvedRequest:
@@ -41,7 +48,10 @@ def test_the_schedulers_that_take_eta_are_known() -> None:
     }
     # Schedulers whose libraries are missing have no step to look at.
     with_eta = {name for name, step in steps.items() if step and "eta" in inspect.signature(step).parameters}
-    assert {"ddim", *with_eta} == WITH_ETA
+    assert with_eta == CLASSES_WITH_ETA
+    assert {row.name: row.takes_eta for row in SCHEDULERS} == {
+        row.name: row.diffusers_class in with_eta for row in SCHEDULERS
+    }
 
 
 def test_sizes_default_to_the_checkpoints_own() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.request.resolve import ModelFacts, ResolvedRequest, resolve
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import ResolvedRequest, resolve
 from serve_app.request.schema import ImageRequest, Progress
 from serve_app.runtime.pipeline import Drawing, LatentPreview, Listener, Stages
 from serve_app.runtime.pipeline import draw as draw_images

@@ -10,6 +10,7 @@ from PIL import Image
 
 from serve_app.pictures.files import read_parameters
 from serve_app.request.errors import InvalidRequest, Overloaded
+from serve_app.request.facts import DecoderFacts
 from serve_app.request.schema import (
     Accepted,
     ImageReady,
@@ -127,12 +128,12 @@ async def test_previews_are_pictures_of_the_size_asked_for() -> None:
     for preview in previews:
         picture = Image.open(io.BytesIO(preview.data))
         assert (picture.format, picture.size) == ("JPEG", (72, 64)) == ("JPEG", (preview.width, preview.height))
-        red, green, blue = np.asarray(picture).reshape(-1, 3).mean(0)  # by FACTS.preview_map
+        red, green, blue = np.asarray(picture).reshape(-1, 3).mean(0)  # by FACTS.decoder.preview_map
         assert (red, green, blue) == pytest.approx((100 + preview.image, 0, 128), abs=3)
 
 
 async def test_previews_that_the_vae_gives_none_of_are_warned_about() -> None:
-    facts = replace(FACTS, preview_map=None)
+    facts = replace(FACTS, decoder=DecoderFacts())
     events = [event async for event in service(FakeStages(), facts).stream(ImageRequest(prompt="p"), partial_images=2)]
     assert not any(isinstance(event, PartialImage) for event in events)
     assert isinstance(events[0], Accepted) and isinstance(events[-1], ImageResult)

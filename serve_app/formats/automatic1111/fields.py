@@ -26,7 +26,10 @@ class Txt2ImgFields(BaseModel):
     prompt: str | None = Field(None, description="What to draw. webui's syntax of weights in it is plain text here.")
     negative_prompt: str = Field("", description="What not to draw; empty is none.")
     seed: int = Field(-1, ge=-1, description="Seed of the first picture; -1 draws one. Picture i has seed + i.")
-    sampler_name: str | None = Field(None, description="A name of /sdapi/v1/samplers; Euler if absent.")
+    sampler_name: str | None = Field(
+        None,
+        description="A name of /sdapi/v1/samplers; the checkpoint's own (SDXL's is Euler) if absent.",
+    )
     sampler_index: str | None = Field(None, description="Older name of sampler_name.")
     scheduler: str | None = Field(None, description="A name of /sdapi/v1/schedulers: Karras goes with DPM++ 2M.")
     batch_size: int = Field(1, ge=1, le=1000, description="Pictures of a batch.")

@@ -91,13 +91,9 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     async def txt2img(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
             content = await read_body(request, limits.max_body_bytes)
-            asked = automatic1111.decode(
-                content, names, limits.max_images_in_flight, secrets.randbits(32), facts.refined, facts.trajectory
-            )
+            asked = automatic1111.decode(content, names, limits.max_images_in_flight, secrets.randbits(32), facts)
             results = await drawn(Body.of(asked.requests), request_id)
-            response = await json_response(
-                lambda: automatic1111.encode(asked, results, names[0], facts.refined, facts.trajectory)
-            )
+            response = await json_response(lambda: automatic1111.encode(asked, results, names[0], facts))
             return with_headers(response, results, asked.warnings)
 
         return await answered(request, draw, automatic1111.encode_error)

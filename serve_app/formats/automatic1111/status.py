@@ -12,7 +12,7 @@ from typing import Any
 from serve_app import __version__
 from serve_app.formats.automatic1111.fields import DEFAULTS
 from serve_app.request.resolve import DEFAULT_QUALITY
-from serve_app.request.scheduler_names import AUTOMATIC, KARRAS, SAMPLERS, SCHEDULES
+from serve_app.request.schedulers import AUTOMATIC, KARRAS, SCHEDULES, samplers
 from serve_app.request.schema import ImageReady, ImageRequest, Progress, StreamEvent
 
 
@@ -107,13 +107,17 @@ def encode_models(model_names: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def encode_samplers() -> list[dict[str, Any]]:
-    """`GET /sdapi/v1/samplers`, with the older names that hold a schedule."""
-    items = []
-    for sampler in SAMPLERS:
-        items.append({"name": sampler.name, "aliases": [*sampler.aliases, sampler.uniform], "options": {}})
-        if sampler.karras is not None:
-            options = {"scheduler": KARRAS.lower()}
-            items.append({"name": f"{sampler.name} {KARRAS}", "aliases": [sampler.karras], "options": options})
+    """`GET /sdapi/v1/samplers`, with the older names that hold a schedule.
+
+    "Automatic" is the checkpoint's own scheduler.
+    """
+    items: list[dict[str, Any]] = [{"name": AUTOMATIC, "aliases": [], "options": {}}]
+    for label, (plain, *others) in samplers().items():
+        items.append({"name": label, "aliases": [*plain.aliases, plain.name], "options": {}})
+        items += [
+            {"name": other.label, "aliases": [other.name], "options": {"scheduler": other.schedule.lower()}}
+            for other in others
+        ]
     return items
 
 

@@ -2,7 +2,8 @@
 
 What differs from webui:
 - `width` and `height`, 512 there where absent, are the checkpoint's own, so that a smaller checkpoint serves a
-  bare request; `prompt` is required. The other defaults are webui's: 50 steps, `cfg_scale` 7, Euler.
+  bare request; `prompt` is required. The other defaults are webui's: 50 steps, `cfg_scale` 7. With no sampler the
+  checkpoint's own scheduler draws: published SDXL's is webui's default, Euler.
 - An empty `negative_prompt` is none: webui zeroes SDXL's conditioning of an empty one, as diffusers does of a
   missing one.
 - `refiner_checkpoint` absent is the service's own split; "" or "None" is the base alone.
@@ -40,9 +41,9 @@ from serve_app.formats.words import in_words, unknown_fields
 from serve_app.pictures.infotext import clip_skip_of, infotext, parse_infotext, read_infotext
 from serve_app.request import refiner_split
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
-from serve_app.request.refiner_split import SDXL
-from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC, Trajectory
-from serve_app.request.scheduler_names import from_webui, to_webui
+from serve_app.request.facts import ModelFacts
+from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC
+from serve_app.request.schedulers import AUTOMATIC, BY_NAME, find, from_webui, takes_eta, to_webui
 from serve_app.request.schema import (
     MAX_IMAGES,
     MAX_STEPS,
@@ -76,16 +77,15 @@ def decode(
     model_names: tuple[str, ...],
     max_images: int,
     random_seed: int,
-    refined: bool = True,
-    trajectory: Trajectory = SDXL,
+    facts: ModelFacts,
 ) -> Decoded:
     """A body's requests; picture i of all of them has seed `seed` + i. Raises `InvalidRequest`.
 
     Args:
         max_images: the most pictures, `batch_size` times `n_iter`, that one body may ask for.
         random_seed: what `seed` -1 stands for, below 2^32.
-        refined: the service has a refiner.
-        trajectory: of the checkpoint's scheduler, to convert `refiner_switch_at`.
+        facts: of the checkpoints. Their scheduler draws where none is named, and its timesteps convert
+            `refiner_switch_at`.
     """
     fields = {name: value for name, value in parse_object(body).items() if value is not None}
     warnings = unknown_fields(name for name in fields if name not in _KNOWN)
@@ -99,7 +99,7 @@ def decode(
 
     request_fields: dict[str, Any] = {"seed": -1} | {ours: DEFAULTS[theirs] for theirs, ours in _DEFAULTED.items()}
     if asked.infotext:
-        read = read_infotext(asked.infotext, trajectory)
+        read = read_infotext(asked.infotext, facts.base.noise_schedule)
         request_fields |= read.fields
         warnings += [f"infotext: {line}" for line in (*read.warnings, *unknown_fields(read.unread))]
         if read.model is not None and read.model not in model_names:
@@ -113,8 +113,8 @@ def decode(
     if request_fields["seed"] == -1:
         request_fields["seed"] = random_seed
     warnings += _scheduler(asked, request_fields)
-    warnings += _eta(asked, request_fields)
-    warnings += _refiner(asked, request_fields, model_names, refined, trajectory)
+    warnings += _eta(asked, request_fields, facts)
+    warnings += _refiner(asked, request_fields, model_names, facts)
     if "prompt" not in request_fields:
         raise InvalidRequest("prompt: field required", param="prompt")
     try:
@@ -125,15 +125,10 @@ def decode(
     return Decoded(requests, asked.send_images, _repeated(asked), tuple(warnings))
 
 
-def encode(
-    asked: Decoded, results: Sequence[ImageResult], model: str, refined: bool, trajectory: Trajectory = SDXL
-) -> dict[str, Any]:
-    """The response body. `info` is a JSON text; `warnings` is ours.
-
-    `refined`: the service has a refiner, so that a request that names no split is drawn with one.
-    """
+def encode(asked: Decoded, results: Sequence[ImageResult], model: str, facts: ModelFacts) -> dict[str, Any]:
+    """The response body. `info` is a JSON text; `warnings` is ours."""
     drawn = [
-        (_parameters(request, image, refined), image)
+        (_parameters(request, image, facts.refined), image)
         for request, result in zip(asked.requests, results, strict=True)
         for image in result.images
     ]
@@ -141,7 +136,7 @@ def encode(
     return {
         "images": [base64.b64encode(image.data).decode("ascii") for _, image in drawn] if asked.send_images else [],
         "parameters": asked.parameters,
-        "info": json.dumps(_info(asked, [fields for fields, _ in drawn], results[0].created, model, trajectory)),
+        "info": json.dumps(_info(asked, [fields for fields, _ in drawn], results[0].created, model, facts)),
         "warnings": list(warnings),
     }
 
@@ -187,25 +182,29 @@ def _scheduler(asked: Txt2ImgFields, fields: dict[str, Any]) -> list[str]:
         sampler = to_webui(fields["scheduler"])[0]  # the infotext's sampler, with a schedule of the body's
     if sampler is None and "scheduler" in fields:
         return warnings
-    found = from_webui(sampler or "Euler", asked.scheduler, param)
+    # With no word on either the checkpoint's own draws: SDXL's is Euler, as webui's default is.
+    default = AUTOMATIC if asked.scheduler in (None, "", AUTOMATIC) else "Euler"
+    found = from_webui(sampler or default, asked.scheduler, param)
     fields["scheduler"] = found.scheduler
     return [*warnings, *found.warnings]
 
 
-def _eta(asked: Txt2ImgFields, fields: dict[str, Any]) -> list[str]:
+def _eta(asked: Txt2ImgFields, fields: dict[str, Any], facts: ModelFacts) -> list[str]:
     """webui's eta is DDIM's, and the noise of the ancestral samplers, where 1 is what they have anyway."""
     if asked.eta is None:
         return []
-    if fields["scheduler"] == "ddim":
+    name = fields["scheduler"] or facts.base.native_scheduler
+    if takes_eta(name):
         fields["eta"] = asked.eta
         return []
-    if fields["scheduler"] == "euler_ancestral" and asked.eta == 1:
+    scheduler = find(name)
+    if scheduler is not None and scheduler.ancestral and asked.eta == 1:
         return []
     return ["eta has no effect: in this service it is DDIM's alone"]
 
 
 def _refiner(
-    asked: Txt2ImgFields, fields: dict[str, Any], model_names: tuple[str, ...], refined: bool, trajectory: Trajectory
+    asked: Txt2ImgFields, fields: dict[str, Any], model_names: tuple[str, ...], facts: ModelFacts
 ) -> list[str]:
     """Sets `high_noise_frac`, where a refiner or none is asked for."""
     switch_at = asked.refiner_switch_at
@@ -225,7 +224,7 @@ def _refiner(
             f"refiner_checkpoint: {name[:100]!r} is unknown; send refiner or {model_names[0]}, None for the base alone",
             param="refiner_checkpoint",
         )
-    if not refined:
+    if not facts.refined:
         raise InvalidRequest("refiner_checkpoint: this service has no refiner", param="refiner_checkpoint")
     if switch_at is None:
         fields.pop("high_noise_frac", None)
@@ -237,10 +236,11 @@ def _refiner(
         fields["high_noise_frac"] = max(switch_at, 1e-6)
         return []
     wanted = refiner_split.steps_before(switch_at, steps)
-    share = refiner_split.high_noise_frac(fields["scheduler"], steps, wanted, trajectory)
+    scheduler = find(fields["scheduler"] or facts.base.native_scheduler) or BY_NAME["euler"]
+    share = refiner_split.high_noise_frac(scheduler.name, steps, wanted, facts.base.noise_schedule)
     fields["high_noise_frac"] = share
-    got = refiner_split.base_steps(fields["scheduler"], steps, share, trajectory)
-    if trajectory.own_sigmas and fields["scheduler"] not in refiner_split.OF_THEIR_OWN:
+    got = refiner_split.base_steps(scheduler.name, steps, share, facts.base.noise_schedule)
+    if facts.base.noise_schedule.own_sigmas and not scheduler.own_timesteps:
         return ["refiner_switch_at is met only about: the checkpoint's scheduler spaces its steps in a way of its own"]
     if got == wanted:
         return []
@@ -342,12 +342,14 @@ def _parameters(request: ImageRequest, image: GeneratedImage, refined: bool) -> 
 
 
 def _info(
-    asked: Decoded, drawn: Sequence[dict[str, Any]], created: int, model: str, trajectory: Trajectory
+    asked: Decoded, drawn: Sequence[dict[str, Any]], created: int, model: str, facts: ModelFacts
 ) -> dict[str, Any]:
     # Where it was interrupted before the first picture, what was asked for stands for it.
     first = drawn[0] if drawn else {"width": 0, "height": 0} | asked.requests[0].model_dump(exclude_none=True)
     negative = first.get("negative_prompt", "")
-    infotexts = [infotext(fields, model, trajectory=trajectory) for fields in drawn]
+    native = facts.base.native_scheduler
+    infotexts = [infotext(fields, model, native, facts.base.noise_schedule) for fields in drawn]
+    scheduler = find(first.get("scheduler") or native)
     keys = {"Refiner", "Refiner switch at", "Schedule type"}
     return {
         "prompt": first["prompt"],
@@ -361,7 +363,7 @@ def _info(
         "subseed_strength": 0,
         "width": first["width"],
         "height": first["height"],
-        "sampler_name": to_webui(first["scheduler"])[0],
+        "sampler_name": to_webui(None if scheduler is None else scheduler.name)[0],
         "cfg_scale": first["guidance_scale"],
         "steps": first["num_inference_steps"],
         "batch_size": asked.parameters["batch_size"],

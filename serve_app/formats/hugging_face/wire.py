@@ -17,7 +17,7 @@ from serve_app.formats.json_body import parse_object
 from serve_app.formats.words import in_words, unknown_fields
 from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.request.errors import InvalidRequest, ServiceError
-from serve_app.request.scheduler_names import DIFFUSERS_CLASSES
+from serve_app.request.schedulers import BY_CLASS
 from serve_app.request.schema import ImageRequest, ImageResult, parse_request
 
 # Field -> what it does. In these descriptions "warns" and "refused" are said of fields that do just that.
@@ -76,8 +76,8 @@ def decode(body: bytes, accept: str | None) -> Decoded:
     request_fields = {name: value for name, value in parameters.items() if name in PARAMETERS}
     _one_picture(request_fields)
     scheduler = request_fields.get("scheduler")
-    if isinstance(scheduler, str) and scheduler in DIFFUSERS_CLASSES:
-        request_fields["scheduler"] = DIFFUSERS_CLASSES[scheduler]
+    if isinstance(scheduler, str) and scheduler in BY_CLASS:
+        request_fields["scheduler"] = BY_CLASS[scheduler].name
     try:
         request = parse_request(request_fields | {"prompt": fields["inputs"]})
     except InvalidRequest as error:

@@ -18,20 +18,11 @@ from serve_app.formats.accept import choose
 from serve_app.formats.json_body import parse_object
 from serve_app.formats.words import in_words, unknown_fields
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
-from serve_app.request.scheduler_names import OUR_NAMES
-from serve_app.request.schema import ImageRequest, ImageResult, SchedulerName, invalid_request, parse_request
+from serve_app.request.schedulers import BY_NAME, BY_STABILITY, NAMES, SchedulerName
+from serve_app.request.schema import ImageRequest, ImageResult, invalid_request, parse_request
 
 SDXL_ENGINE = "stable-diffusion-xl-1024-v1-0"
 
-# The format's samplers; those that SDXL has here.
-SAMPLERS: dict[str, SchedulerName] = {
-    "DDIM": "ddim",
-    "K_DPMPP_2M": "dpmpp_2m",
-    "K_EULER": "euler",
-    "K_EULER_ANCESTRAL": "euler_ancestral",
-    "K_HEUN": "heun",
-    "K_LMS": "lms",
-}
 MediaType = Literal["application/json", "image/png"]
 _MEDIA_TYPES: tuple[MediaType, ...] = ("application/json", "image/png")
 
@@ -66,7 +57,7 @@ class TextToImageFields(BaseModel):
     samples: int = Field(1, ge=1, le=10, description="Number of pictures; picture i uses seed + i.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of the first picture; 0 draws one.")
     sampler: str | None = Field(
-        None, description=f"{', '.join(SAMPLERS)}, or a scheduler of this service; the checkpoint's own if absent."
+        None, description=f"{', '.join(BY_STABILITY)}, or a scheduler of this service; the checkpoint's own if absent."
     )
     width: int | None = Field(None, description="Width in pixels, a multiple of 8; the checkpoint's own if absent.")
     height: int | None = Field(None, description="Height in pixels, a multiple of 8; the checkpoint's own if absent.")
@@ -238,13 +229,13 @@ def _prompts(prompts: list[TextPrompt], warnings: list[str]) -> dict[str, Any]:
 def _scheduler(sampler: str | None) -> SchedulerName | None:
     if sampler is None:
         return None
-    found = SAMPLERS.get(sampler) or next((name for name in OUR_NAMES if name == sampler), None)
+    found = BY_STABILITY.get(sampler) or BY_NAME.get(sampler)
     if found is None:
-        names = [*SAMPLERS, *(name for name in OUR_NAMES if name not in SAMPLERS.values())]
+        names = [*BY_STABILITY, *(name for name in NAMES if BY_NAME[name].stability is None)]
         raise InvalidRequest(
-            f"sampler: {sampler[:40]!r} is not to be had; this service has {', '.join(names)}", param="sampler"
+            f"sampler: {sampler[:40]!r} is unknown; this service has {', '.join(names)}", param="sampler"
         )
-    return found
+    return found.name
 
 
 _TEXT: dict[str, Any] = {"type": "string"}

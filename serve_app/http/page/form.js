@@ -17,17 +17,7 @@ const SHAPES = [
   [768, 1344, "Portrait 4:7"],
   [640, 1536, "Banner"],
 ];
-const SAMPLERS = {
-  euler: "Euler",
-  euler_ancestral: "Euler ancestral",
-  dpmpp_2m: "DPM++ 2M",
-  dpmpp_2m_karras: "DPM++ 2M Karras",
-  dpmpp_2m_sde: "DPM++ 2M SDE",
-  heun: "Heun",
-  ddim: "DDIM",
-  unipc: "UniPC",
-  lms: "LMS",
-};
+let samplerNames = {}; // by name, as the service labels them
 const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "high_noise_frac"];
 const OWN = ["prompt", "negative_prompt", "width", "height", "seed", "scheduler", "output_format", ...NUMBERS];
 const SENT_ANYHOW = ["stream", "progress", "partial_images"];
@@ -35,7 +25,7 @@ const MAX_PREVIEWS_SHOWN = 3;
 
 let info = null;
 
-export const samplerName = (name) => SAMPLERS[name] ?? name;
+export const samplerName = (name) => samplerNames[name] ?? name;
 export const sizeText = (width, height) => `${width} × ${height}`;
 
 /** Makes the form of what the service says of itself. */
@@ -53,6 +43,7 @@ export function setUp(facts) {
     at(side).min = info.min_side_px;
     at(side).max = info.max_side_px;
   }
+  samplerNames = info.scheduler_labels;
   const own = info.native_scheduler.replace(/(Discrete|Multistep)?Scheduler$/, "");
   fillSelect(at("scheduler"), [
     ["", `Native (${own})`],
