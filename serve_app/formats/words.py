@@ -1,6 +1,6 @@
-"""Wire formats, each a pure pair: decode a body to `ImageRequest`s, encode results and errors.
+"""What the wire formats have in common: notes on their fields, unknown fields, errors in a format's own words.
 
-A borrowed format's unknown field warns; a wrong value is a 4xx. No I/O, no web framework, no Ray.
+A borrowed format's unknown field warns; a wrong value is a 4xx.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from collections.abc import Iterable, Mapping
 from serve_app.request.errors import ServiceError
 
 _MOST_NAMED = 20
+
+
+class Warns(str):
+    """The note on a field that has no effect: the answer says so where it asks for anything but what is done anyway."""
+
+
+class Refused(str):
+    """The note on a field, a value of which is an error of the request."""
 
 
 def unknown_fields(names: Iterable[str]) -> list[str]:

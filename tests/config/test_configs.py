@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.config import document as config_document
+from docs import configuration as config_document
 from serve_app.config.serve_file import check_serve_config, unknown_keys
 from serve_app.config.settings import APP_NAME, DEPLOYMENTS, AppConfig, check_max_ongoing_requests, parse_config
 from serve_app.graph.build import build_app
@@ -311,7 +311,7 @@ def test_ray_finds_a_place_for_every_replica(name: str, gpus: int) -> None:
 
 def test_the_reference_of_keys_is_what_the_code_takes() -> None:
     document = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert document == config_document.markdown(), "python -m serve_app.config.document > docs/configuration.md"
+    assert document == config_document.markdown(), "python -m docs.configuration > docs/configuration.md"
     for model in (AppConfig, *(type(value) for value in vars(AppConfig()).values() if isinstance(value, BaseModel))):
         for name, info in model.model_fields.items():
             assert f"| `{name}` |" in document

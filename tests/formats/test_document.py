@@ -12,11 +12,11 @@ from urllib.parse import urlencode
 
 import pytest
 
-from serve_app.formats import document as fields
+from docs import fields
+from docs.fields import Row
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.automatic1111.fields import DEFAULTS
 from serve_app.formats.azure_ml import wire as azure_ml
-from serve_app.formats.document import Row
 from serve_app.formats.hugging_face import wire as hugging_face
 from serve_app.formats.imagine import wire as imagine
 from serve_app.formats.openai import wire as openai
@@ -206,7 +206,7 @@ def test_a_field_does_what_the_table_says(row: Row) -> None:
 
 
 def test_the_document_is_current() -> None:
-    assert DOCUMENT.read_text() == fields.markdown(), "python -m serve_app.formats.document > docs/fields.md"
+    assert DOCUMENT.read_text() == fields.markdown(), "python -m docs.fields > docs/fields.md"
 
 
 def test_every_format_has_every_field_of_a_request_or_one_of_its_own_for_it() -> None:

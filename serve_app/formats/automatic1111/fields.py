@@ -1,6 +1,6 @@
 """The fields of webui's txt2img: names, types, defaults, and what each does here.
 
-A description says "warns" of a field that has no effect, and "refused" of one that asks for what isn't served.
+A field's description is a `Warns` where it has no effect, a `Refused` where it asks for what isn't served.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app.formats.words import Refused, Warns
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.schema import ImageRequest
 
-_HIRES = "Of the second pass. No effect (warns)."
-_NOTHING = "No effect (warns)."
-_NOISE = "Noise of k-diffusion's samplers. No effect (warns)."
-_SUBSEED = "Of the variation seed. No effect (warns)."
+_HIRES = Warns("Of the second pass. No effect (warns).")
+_NOTHING = Warns("No effect (warns).")
+_NOISE = Warns("Noise of k-diffusion's samplers. No effect (warns).")
+_SUBSEED = Warns("Of the variation seed. No effect (warns).")
 
 
 class Txt2ImgFields(BaseModel):
@@ -53,15 +54,19 @@ class Txt2ImgFields(BaseModel):
     )
     send_images: bool = Field(True, description="false: the answer has no pictures, info alone.")
 
-    enable_hr: bool = Field(False, description="true is refused: there is no second pass; ask for the size itself.")
-    script_name: str | None = Field(None, description="A name is refused: there are no scripts.")
-    alwayson_scripts: dict[str, Any] = Field(default_factory=dict, description="Any is refused: there are no scripts.")
+    enable_hr: bool = Field(
+        False, description=Refused("true is refused: there is no second pass; ask for the size itself.")
+    )
+    script_name: str | None = Field(None, description=Refused("A name is refused: there are no scripts."))
+    alwayson_scripts: dict[str, Any] = Field(
+        default_factory=dict, description=Refused("Any is refused: there are no scripts.")
+    )
 
     script_args: list[Any] = Field(default_factory=list, description=_NOTHING)
-    save_images: bool = Field(False, description="Nothing is saved on the server. No effect (warns).")
-    do_not_save_samples: bool = Field(False, description="Nothing is saved in any case. No effect (warns).")
-    do_not_save_grid: bool = Field(False, description="Nothing is saved in any case. No effect (warns).")
-    styles: list[str] = Field(default_factory=list, description="There are no styles. No effect (warns).")
+    save_images: bool = Field(False, description=Warns("Nothing is saved on the server. No effect (warns)."))
+    do_not_save_samples: bool = Field(False, description=Warns("Nothing is saved in any case. No effect (warns)."))
+    do_not_save_grid: bool = Field(False, description=Warns("Nothing is saved in any case. No effect (warns)."))
+    styles: list[str] = Field(default_factory=list, description=Warns("There are no styles. No effect (warns)."))
     subseed: int = Field(-1, description=_SUBSEED)
     subseed_strength: float = Field(0.0, description=_SUBSEED)
     seed_resize_from_h: int = Field(-1, description=_SUBSEED)
@@ -76,9 +81,9 @@ class Txt2ImgFields(BaseModel):
     s_tmin: float = Field(0.0, description=_NOISE)
     s_noise: float = Field(1.0, description=_NOISE)
     override_settings_restore_afterwards: bool = Field(
-        True, description="Settings always hold for one request alone. No effect (warns)."
+        True, description=Warns("Settings always hold for one request alone. No effect (warns).")
     )
-    disable_extra_networks: bool = Field(False, description="There are no extra networks. No effect (warns).")
+    disable_extra_networks: bool = Field(False, description=Warns("There are no extra networks. No effect (warns)."))
     firstpass_image: str | None = Field(None, description=_HIRES)
     firstphase_width: int = Field(0, description=_HIRES)
     firstphase_height: int = Field(0, description=_HIRES)
@@ -94,12 +99,12 @@ class Txt2ImgFields(BaseModel):
     hr_negative_prompt: str = Field("", description=_HIRES)
     token_merging_ratio: float = Field(0.0, description=_NOTHING)
     token_merging_ratio_hr: float = Field(0.0, description=_HIRES)
-    force_task_id: str | None = Field(None, description="Progress has no task ids. No effect (warns).")
+    force_task_id: str | None = Field(None, description=Warns("Progress has no task ids. No effect (warns)."))
     comments: dict[str, Any] = Field(default_factory=dict, description=_NOTHING)
 
 
 OVERRIDES: dict[str, str] = {
-    "sd_model_checkpoint": "A name that this service does not have is refused.",
+    "sd_model_checkpoint": Refused("A name that this service does not have is refused."),
     "CLIP_stop_at_last_layers": "1 and 2: SDXL's own layer; above 2: clip_skip is this less 2.",
     "samples_format": "File format of the pictures: png, jpg or webp.",
     "jpeg_quality": "Quality of a jpg or webp.",
@@ -108,12 +113,12 @@ OVERRIDES: dict[str, str] = {
     "sdxl_crop_left": "Micro-conditioning: left of the crop, in pixels.",
     "sdxl_refiner_high_aesthetic_score": "Aesthetic score that conditions the refiner.",
     "sdxl_refiner_low_aesthetic_score": "Negative aesthetic score of the refiner.",
-    "sd_vae": "The VAE is the checkpoint's. No effect (warns).",
-    "sdxl_clip_l_skip": "Both text encoders skip alike. No effect (warns).",
-    "eta_noise_seed_delta": "No effect (warns).",
-    "enable_pnginfo": "Pictures hold their parameters in any case. No effect (warns).",
-    "return_grid": "There are no grids. No effect (warns).",
-    "face_restoration_model": "No effect (warns).",
+    "sd_vae": Warns("The VAE is the checkpoint's. No effect (warns)."),
+    "sdxl_clip_l_skip": Warns("Both text encoders skip alike. No effect (warns)."),
+    "eta_noise_seed_delta": Warns("No effect (warns)."),
+    "enable_pnginfo": Warns("Pictures hold their parameters in any case. No effect (warns)."),
+    "return_grid": Warns("There are no grids. No effect (warns)."),
+    "face_restoration_model": Warns("No effect (warns)."),
 }
 
 # Fields of `ImageRequest` that webui has under a name of its own.
@@ -172,7 +177,7 @@ def no_effect(asked: Txt2ImgFields) -> list[str]:
         f"{name} has no effect"
         for name in Txt2ImgFields.model_fields
         if name in asked.model_fields_set
-        and "warns" in (Txt2ImgFields.model_fields[name].description or "")
+        and isinstance(Txt2ImgFields.model_fields[name].description, Warns)
         and getattr(asked, name) not in (DEFAULTS[name], *_ALSO_NEUTRAL.get(name, ()))
     ]
 

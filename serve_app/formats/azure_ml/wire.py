@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.formats.json_body import NotJson, parse_json
-from serve_app.formats.words import unknown_fields
+from serve_app.formats.words import Refused, unknown_fields
 from serve_app.request.errors import InvalidRequest, ServiceError, UnsupportedMediaType
 from serve_app.request.schema import ImageRequest, ImageResult, parse_request
 
@@ -19,13 +19,13 @@ from serve_app.request.schema import ImageRequest, ImageResult, parse_request
 COLUMNS: dict[str, str] = {
     "prompt": "A row's prompt.",
     "negative_prompt": "A row's negative prompt, before that of the parameters; null is empty, as on that server.",
-    "image": "Is refused: image-to-image is not served.",
-    "mask_image": "Is refused: inpainting is not served.",
+    "image": Refused("Is refused: image-to-image is not served."),
+    "mask_image": Refused("Is refused: inpainting is not served."),
 }
 FIELDS: dict[str, str] = {
     "input_data.columns": "The names of the rows' values; `input_data` may have other shapes, without it.",
     "input_data.data": "The rows.",
-    "input_data.index": "Names nothing; one that is not as long as the data is refused.",
+    "input_data.index": Refused("Names nothing; one that is not as long as the data is refused."),
     "parameters": "As input_data.parameters.",
     "params": "As input_data.parameters, in MLflow's word; within input_data as well.",
 }

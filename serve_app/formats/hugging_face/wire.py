@@ -14,33 +14,33 @@ from typing import Any
 
 from serve_app.formats.accept import accepted, choose
 from serve_app.formats.json_body import parse_object
-from serve_app.formats.words import in_words, unknown_fields
+from serve_app.formats.words import Refused, Warns, in_words, unknown_fields
 from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.request.errors import InvalidRequest, ServiceError
 from serve_app.request.schedulers import BY_CLASS
 from serve_app.request.schema import ImageRequest, ImageResult, parse_request
 
-# Field -> what it does. In these descriptions "warns" and "refused" are said of fields that do just that.
+# Field -> what it does.
 FIELDS: dict[str, str] = {
     "inputs": "The prompt.",
     "parameters": "An object of SDXL's fields, under diffusers' names.",
-    "options": "The old inference API's options. No effect (warns).",
+    "options": Warns("The old inference API's options. No effect (warns)."),
 }
 PARAMETERS: dict[str, str] = {
-    "num_images_per_prompt": "More than 1 is refused: the answer is one picture.",
+    "num_images_per_prompt": Refused("More than 1 is refused: the answer is one picture."),
     **{
         name: info.description or ""
         for name, info in ImageRequest.model_fields.items()
         if name not in ("prompt", "n", "scheduler", "output_format")
     },
-    "n": "More than 1 is refused: the answer is one picture.",
+    "n": Refused("More than 1 is refused: the answer is one picture."),
     "scheduler": "A scheduler of this service, or the diffusers class of one, such as EulerDiscreteScheduler.",
     "output_format": "File format where `Accept` leaves a choice; one that `Accept` rules out is an error.",
 }
 OPTIONS: dict[str, str] = {
-    "use_cache": "No effect (warns): every request is drawn.",
-    "wait_for_model": "No effect (warns): the model is loaded.",
-    "use_gpu": "No effect (warns).",
+    "use_cache": Warns("No effect (warns): every request is drawn."),
+    "wait_for_model": Warns("No effect (warns): the model is loaded."),
+    "use_gpu": Warns("No effect (warns)."),
 }
 HEADERS: dict[str, str] = {"Accept": "Decides the file format: image/png, image/jpeg or image/webp."}
 

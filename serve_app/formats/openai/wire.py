@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.formats.json_body import parse_object
-from serve_app.formats.words import unknown_fields
+from serve_app.formats.words import Warns, unknown_fields
 from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.request.schema import (
@@ -40,13 +40,13 @@ class OpenAIFields(BaseModel):
     )
     response_format: ResponseFormat | None = Field(None, description="b64_json (default), or url for a data: address.")
     quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] | None = Field(
-        None, description="No effect (warns): SDXL has num_inference_steps."
+        None, description=Warns("No effect (warns): SDXL has num_inference_steps.")
     )
-    style: Literal["vivid", "natural"] | None = Field(None, description="No effect (warns).")
+    style: Literal["vivid", "natural"] | None = Field(None, description=Warns("No effect (warns)."))
     background: Literal["auto", "opaque", "transparent"] | None = Field(
-        None, description="SDXL draws opaque pictures; transparent warns."
+        None, description=Warns("SDXL draws opaque pictures; transparent warns.")
     )
-    moderation: Literal["auto", "low"] | None = Field(None, description="No effect (warns).")
+    moderation: Literal["auto", "low"] | None = Field(None, description=Warns("No effect (warns)."))
     stream: bool | None = Field(
         None, description="Answer with server-sent events: previews, then each picture as soon as it is finished."
     )
@@ -58,12 +58,12 @@ class OpenAIFields(BaseModel):
         description="SDXL's own: events `image_generation.progress` with stage, step, steps and the place in the "
         "queue; acts with stream only.",
     )
-    user: str | None = Field(None, description="No effect (warns).")
-    safety_identifier: str | None = Field(None, description="No effect (warns).")
-    complexity: Literal["low", "medium", "high"] | None = Field(None, description="No effect (warns): of svg.")
-    svg: dict[str, Any] | None = Field(None, description="No effect (warns): SDXL draws pixels.")
-    frame_count: int | None = Field(None, ge=1, description="No effect (warns): SDXL draws one still picture.")
-    frame_duration_ms: int | None = Field(None, ge=1, description="No effect (warns): of moving pictures.")
+    user: str | None = Field(None, description=Warns("No effect (warns)."))
+    safety_identifier: str | None = Field(None, description=Warns("No effect (warns)."))
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description=Warns("No effect (warns): of svg."))
+    svg: dict[str, Any] | None = Field(None, description=Warns("No effect (warns): SDXL draws pixels."))
+    frame_count: int | None = Field(None, ge=1, description=Warns("No effect (warns): SDXL draws one still picture."))
+    frame_duration_ms: int | None = Field(None, ge=1, description=Warns("No effect (warns): of moving pictures."))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.formats.accept import choose
 from serve_app.formats.json_body import parse_object
-from serve_app.formats.words import in_words, unknown_fields
+from serve_app.formats.words import Warns, in_words, unknown_fields
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.request.schedulers import BY_NAME, BY_STABILITY, NAMES, SchedulerName
 from serve_app.request.schema import ImageRequest, ImageResult, invalid_request, parse_request
@@ -62,8 +62,8 @@ class TextToImageFields(BaseModel):
     width: int | None = Field(None, description="Width in pixels, a multiple of 8; the checkpoint's own if absent.")
     height: int | None = Field(None, description="Height in pixels, a multiple of 8; the checkpoint's own if absent.")
     extras: dict[str, Any] = Field(default_factory=dict, description="SDXL's own fields.")
-    style_preset: StylePreset | None = Field(None, description="No effect (warns).")
-    clip_guidance_preset: ClipGuidance = Field("NONE", description="No effect (warns).")
+    style_preset: StylePreset | None = Field(None, description=Warns("No effect (warns)."))
+    clip_guidance_preset: ClipGuidance = Field("NONE", description=Warns("No effect (warns)."))
 
 
 HEADERS: dict[str, str] = {"Accept": "application/json for all pictures, image/png for one picture's bytes."}

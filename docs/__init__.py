@@ -1,0 +1,1 @@
+"""The documents, and what makes two of them from the code."""
