@@ -21,6 +21,8 @@ from serve_app.load.drive import Load, Settings, drive
 from serve_app.load.profiles import PROFILES, Kind, Profile
 from serve_app.load.records import Record
 from serve_app.load.statistics import spread, summarize
+from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC
+from serve_app.request.timesteps import split
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,8 @@ def step_s(record: Record) -> float | None:
     stages = record.stages_s
     if not {"queue", "encode", "denoise"} <= stages.keys():
         return None
-    return (stages["encode"] + stages["denoise"] - stages["queue"]) / base_steps(record.steps)
-
-
-def base_steps(steps: int, cutoff: int = 200) -> int:
-    """Of `steps`, those in the base at the default split 0.8: the published schedule ("leading" spacing, offset 1)
-    over 1,000 training timesteps, cut where diffusers' denoising_end cuts it."""
-    return sum(step * (1000 // steps) + 1 >= cutoff for step in range(steps))
+    base, _ = split("euler", record.steps, DEFAULT_HIGH_NOISE_FRAC)
+    return (stages["encode"] + stages["denoise"] - stages["queue"]) / base
 
 
 async def alone(ours: str, rival: str, effort: Effort, title: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from serve_app.runtime.tasks import (
     DenoiseTask,
     EncodeTask,
     Latents,
+    Noise,
+    Resumed,
     StageConditioning,
     StepReport,
     Urgency,
@@ -73,22 +75,26 @@ class FakeStages:
         return Conditioning(conditioning(), conditioning() if task.refined else None, self.warnings)
 
     async def _denoise(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
+        assert isinstance(task.start, Noise)
+        seed = task.start.seed
         self.entered.set()
         self.tasks.append(task)
         self.listened += on_step is not None
         try:
-            await self._begin("denoise", task.seed)
-            if self.gate is not None and self.held_seed in (None, task.seed):
+            await self._begin("denoise", seed)
+            if self.gate is not None and self.held_seed in (None, seed):
                 await self.gate.wait()
         except asyncio.CancelledError:
-            self.cancelled.append(f"denoise {task.seed}")
+            self.cancelled.append(f"denoise {seed}")
             raise
-        return self._steps(task, 2, on_step)
+        return self._steps(task, seed, 2, on_step)
 
     async def _refine(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
         self.tasks.append(task)
-        await self._begin("refine", task.seed)
-        return self._steps(task, 1, on_step)
+        assert isinstance(task.start, Resumed)
+        seed = int(task.start.latents.samples[0, 0, 0])
+        await self._begin("refine", seed)
+        return self._steps(task, seed, 1, on_step)
 
     async def _decode(self, latents: Floats, urgency: Urgency) -> Bytes:
         self.asked.append(("decode", urgency))
@@ -105,8 +111,8 @@ class FakeStages:
                 raise self.fail[name]
 
     @staticmethod
-    def _steps(task: DenoiseTask, steps: int, on_step: OnStep | None) -> Latents:
-        samples = np.full((4, task.height // 8, task.width // 8), task.seed, np.float32)
+    def _steps(task: DenoiseTask, seed: int, steps: int, on_step: OnStep | None) -> Latents:
+        samples = np.full((4, task.height // 8, task.width // 8), seed, np.float32)
         wanted = {max(math.ceil(fraction * steps), 1) for fraction in task.preview_at}
         for step in range(1, steps + 1):
             if on_step is not None:

@@ -20,18 +20,17 @@ from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute, is_context_broken
 from serve_app.models.sampling import (
     Scheduler,
-    base_timesteps,
     draw_noise,
     guide,
     make_scheduler,
     make_step,
     predicted_original,
-    refiner_timesteps,
+    take_timesteps,
 )
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import DenoiserFacts, NoiseSchedule
 from serve_app.runtime.scheduling import Job
-from serve_app.runtime.tasks import DenoiseTask, Latents, Stay
+from serve_app.runtime.tasks import DenoiseTask, Latents, Noise, Noised, Stay
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Floats
@@ -99,19 +98,9 @@ class Denoiser:
         except ValueError as error:
             param = "num_inference_steps" if task.scheduler is None else "scheduler"
             raise InvalidRequest(f"{param}: {' '.join(str(error).split())}", param=param) from None
+        timesteps = take_timesteps(scheduler, task.start, task.span)
         generator = torch.Generator("cpu")
-        if task.latents is None:
-            generator.manual_seed(task.seed)
-            noise = draw_noise(generator, task.width, task.height, self._unet.config.in_channels, self.scale_factor)
-            latents = noise * scheduler.init_noise_sigma
-        else:
-            # Arrays from Ray's object store are read-only, and torch tensors can't be.
-            generator.set_state(torch.from_numpy(task.latents.generator_state.copy()))
-            latents = torch.from_numpy(task.latents.samples.copy())[None]
-        if task.denoising_start is None:
-            timesteps = base_timesteps(scheduler, task.denoising_end)
-        else:
-            timesteps = refiner_timesteps(scheduler, task.denoising_start)
+        latents = self._first_latents(task, scheduler, timesteps, generator)
         embeds, pooled, time_ids = self._conditioning(task)
         return Trajectory(
             task=task,
@@ -125,6 +114,24 @@ class Denoiser:
             time_ids=time_ids,
             previews=frozenset(max(math.ceil(fraction * len(timesteps)), 1) for fraction in task.preview_at),
         )
+
+    def _first_latents(
+        self, task: DenoiseTask, scheduler: Scheduler, timesteps: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """(1, 4, H/8, W/8) float32 before the first step; sets the random stream."""
+        if isinstance(task.start, Noise):
+            generator.manual_seed(task.start.seed)
+            noise: torch.Tensor = self._draw_noise(generator, task) * scheduler.init_noise_sigma
+            return noise
+        # Arrays from Ray's object store are read-only, and torch tensors can't be.
+        generator.set_state(torch.from_numpy(task.start.latents.generator_state.copy()))
+        latents = torch.from_numpy(task.start.latents.samples.copy())[None]
+        if isinstance(task.start, Noised) and len(timesteps) > 0:
+            latents = scheduler.add_noise(latents, self._draw_noise(generator, task), timesteps[:1])
+        return latents
+
+    def _draw_noise(self, generator: torch.Generator, task: DenoiseTask) -> torch.Tensor:
+        return draw_noise(generator, task.width, task.height, self._unet.config.in_channels, self.scale_factor)
 
     def _conditioning(self, task: DenoiseTask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         given = task.conditioning

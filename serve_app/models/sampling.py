@@ -15,6 +15,7 @@ import diffusers.schedulers
 import torch
 
 from serve_app.request.schedulers import BY_CLASS, BY_NAME
+from serve_app.runtime.tasks import Noise, Noised, Resumed, Span, Start
 
 Scheduler = Any  # diffusers' schedulers share no useful base class
 
@@ -33,33 +34,45 @@ def draw_noise(generator: torch.Generator, width: int, height: int, channels: in
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
-def base_timesteps(scheduler: Scheduler, denoising_end: float | None) -> torch.Tensor:
-    """The base's slice of `scheduler.timesteps`, all of them where `denoising_end` is None.
-
-    The rule of StableDiffusionXLPipeline: the training timesteps at or above a rounded cutoff. Sets
-    the scheduler's begin index.
-    """
-    timesteps = scheduler.timesteps
-    if denoising_end is not None:
-        steps = int((timesteps >= _cutoff(scheduler, denoising_end)).sum())
-        timesteps = timesteps[:steps]
-    _set_begin_index(scheduler, 0)
+def take_timesteps(scheduler: Scheduler, start: Start, span: Span) -> torch.Tensor:
+    """The slice of `scheduler.timesteps` that a denoiser visits; sets the scheduler's begin index."""
+    match start:
+        case Noise():
+            first, last = 0, _end_of_base(scheduler, span.end)
+        case Resumed():
+            first, last = _start_of_refiner(scheduler, span.start), None
+        case Noised():
+            first, last = _start_by_strength(scheduler, start.strength), _end_of_base(scheduler, span.end)
+    _set_begin_index(scheduler, first)
+    timesteps: torch.Tensor = scheduler.timesteps[first:last]
     return timesteps
 
 
-def refiner_timesteps(scheduler: Scheduler, denoising_start: float) -> torch.Tensor:
-    """The refiner's slice of `scheduler.timesteps`, by StableDiffusionXLImg2ImgPipeline.get_timesteps.
+def _end_of_base(scheduler: Scheduler, denoising_end: float | None) -> int | None:
+    """The rule of StableDiffusionXLPipeline: the training timesteps at or above a rounded cutoff."""
+    if denoising_end is None:
+        return None
+    return int((scheduler.timesteps >= _cutoff(scheduler, denoising_end)).sum())
+
+
+def _start_of_refiner(scheduler: Scheduler, denoising_start: float | None) -> int:
+    """The rule of StableDiffusionXLImg2ImgPipeline.get_timesteps with `denoising_start`.
 
     For second-order schedulers, which hold all but the first timestep twice, an even count would cut
-    between the two derivatives of one step: one more is taken. Sets the scheduler's begin index.
+    between the two derivatives of one step: one more is taken.
     """
-    timesteps = scheduler.timesteps
-    steps = int((timesteps < _cutoff(scheduler, denoising_start)).sum())
+    if denoising_start is None:
+        return 0
+    steps = int((scheduler.timesteps < _cutoff(scheduler, denoising_start)).sum())
     if scheduler.order == 2 and steps % 2 == 0:
         steps += 1
-    start = len(timesteps) - steps
-    _set_begin_index(scheduler, start)
-    return timesteps[start:]
+    return len(scheduler.timesteps) - steps
+
+
+def _start_by_strength(scheduler: Scheduler, strength: float) -> int:
+    """The rule of StableDiffusionXLImg2ImgPipeline.get_timesteps with `strength`."""
+    steps = scheduler.num_inference_steps
+    return int(max(steps - min(int(steps * strength), steps), 0) * scheduler.order)
 
 
 def _cutoff(scheduler: Scheduler, fraction: float) -> int:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app import __version__
-from serve_app.request import refiner_split
+from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import NoiseSchedule
-from serve_app.request.refiner_split import SDXL
 from serve_app.request.schedulers import find, from_webui, to_webui
 from serve_app.request.schema import FieldKind, ImageRequest, field_kinds, read_text
+from serve_app.request.timesteps import SDXL
 
 PNG_KEY = "parameters"
 
@@ -113,8 +113,8 @@ def clip_skip_of(last_layers: int) -> int | None:
 
 def refiner_share(scheduler: str | None, steps: int, switch_at: float, noise_schedule: NoiseSchedule) -> float:
     """Our `high_noise_frac` for webui's "Refiner switch at" by sampling steps; 1 where the base takes all."""
-    wanted = refiner_split.steps_before(switch_at, steps)
-    return refiner_split.high_noise_frac(scheduler or "euler", steps, wanted, noise_schedule)
+    wanted = timesteps.steps_before(switch_at, steps)
+    return timesteps.high_noise_frac(scheduler or "euler", steps, wanted, noise_schedule)
 
 
 def _values(
@@ -136,7 +136,7 @@ def _values(
         values["Eta DDIM"] = _number(parameters["eta"])
     if share < 1:
         drawn_by = None if scheduler is None else scheduler.name
-        base = refiner_split.base_steps(drawn_by or "euler", steps, share, noise_schedule)
+        base = timesteps.base_steps(drawn_by or "euler", steps, share, noise_schedule)
         values["Refiner"] = _quoted(model)
         values["Refiner switch at"] = _number(base / steps)
         values["Refiner switch by sampling steps"] = "True"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.planning.profile import DenoiseStage, Profile
 from serve_app.planning.simulate import STAGES, Record, Replicas, Run, percentile, simulate
-from serve_app.planning.workload import Ask, Mix, split_steps
+from serve_app.planning.workload import Ask, Mix
 from serve_app.request.errors import ConfigurationError
 
 # What is worth most is taken away first.
@@ -45,7 +45,7 @@ def best_pass_s(stage: DenoiseStage, ask: Ask) -> float:
 
 def work_s(profile: Profile, ask: Ask) -> dict[str, float]:
     """Seconds of each stage that a request takes at least: in passes filled at their best."""
-    base, refiner = split_steps(ask.steps, ask.high_noise_frac)
+    base, refiner = ask.steps_by_stage
     decode, encode = profile.decode, profile.encode
     work = dict.fromkeys(STAGES, 0.0)
     work["encode"] = sum(
@@ -71,7 +71,7 @@ def alone_s(profile: Profile, ask: Ask) -> dict[str, float]:
         "ingress": profile.ingress.line(ask.pixels),
         "hops": profile.hop_s * (4 + (ask.high_noise_frac < 1)),
     }
-    base, refiner = split_steps(ask.steps, ask.high_noise_frac)
+    base, refiner = ask.steps_by_stage
     for name, stage, steps in (("denoise", profile.denoise, base), ("refine", profile.refine, refiner)):
         stages[name] = 0.0
         if stage is not None and (name == "denoise" or ask.high_noise_frac < 1):
@@ -210,7 +210,7 @@ def requests_to_simulate(profile: Profile, mix: Mix, rate: float | None, concurr
 
 def busy_stay_s(profile: Profile, ask: Ask) -> float:
     """Seconds of a request whose every pass is full."""
-    base, refiner = split_steps(ask.steps, ask.high_noise_frac)
+    base, refiner = ask.steps_by_stage
     total = sum(alone_s(profile, ask).values())
     for stage, steps in ((profile.denoise, base), (profile.refine, refiner)):
         if stage is not None and steps:

@@ -24,7 +24,7 @@ from serve_app.planning.stages import (
     Router,
     Stay,
 )
-from serve_app.planning.workload import Ask, split_steps
+from serve_app.planning.workload import Ask
 from serve_app.request.errors import ConfigurationError, Overloaded
 from serve_app.runtime.admission import Admission
 from serve_app.runtime.scheduling import Job
@@ -98,7 +98,7 @@ class _Request:
         self.record = record
         self.ingress = ingress
         self.left = record.ask.n  # images
-        self.steps = split_steps(record.ask.steps, record.ask.high_noise_frac)
+        self.steps = record.ask.steps_by_stage
         self.held: AbstractContextManager[None] | None = None  # what it holds of the ingress's admission
 
 

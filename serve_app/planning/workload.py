@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TRAIN_TIMESTEPS = 1000
+from serve_app.request.timesteps import split
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,10 @@ class Ask:
     def rows(self) -> int:
         return 2 if self.guided else 1
 
-
-def split_steps(steps: int, high_noise_frac: float) -> tuple[int, int]:
-    """Steps of the base and of the refiner: diffusers' rule over the published checkpoints' schedule.
-
-    That schedule is first order with leading spacing: timesteps k (1000 // steps) + 1; the base takes those at or
-    above the cutoff. Heun's doubled steps are not counted.
-    """
-    if high_noise_frac >= 1:
-        return steps, 0
-    cutoff = round(_TRAIN_TIMESTEPS - high_noise_frac * _TRAIN_TIMESTEPS)
-    spacing = _TRAIN_TIMESTEPS // steps
-    base = sum(k * spacing + 1 >= cutoff for k in range(steps))
-    return base, steps - base
+    @property
+    def steps_by_stage(self) -> tuple[int, int]:
+        """Of the base and of the refiner, over the published checkpoints' schedule; Heun's doubled ones not counted."""
+        return split("euler", self.steps, self.high_noise_frac)
 
 
 @dataclass(frozen=True)

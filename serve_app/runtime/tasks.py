@@ -97,17 +97,55 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class DenoiseTask:
-    """One image's share of one denoiser.
+class Noise:
+    """A trajectory begins with noise drawn from a seed."""
 
-    `denoising_end` cuts a trajectory's tail (base), `denoising_start` its head (refiner); both are
-    fractions as diffusers takes them, None for the whole. `latents` is None where the trajectory
-    begins with noise drawn from `seed`.
+    seed: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A trajectory goes on from another stage's latents as they are, in the same random stream."""
+
+    latents: Latents
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A trajectory begins with finished latents and noise upon them, drawn from their random stream.
+
+    `strength` is diffusers': the share of the steps, counted from the end, that are taken; 1 forgets the latents.
     """
+
+    latents: Latents
+    strength: float
+
+
+Start = Noise | Resumed | Noised
+
+
+@dataclass(frozen=True)
+class Span:
+    """The share of a trajectory that a denoiser takes, by training timesteps, as diffusers' pipelines cut it.
+
+    `end` cuts the tail (`denoising_end`, the base's rule), `start` the head (`denoising_start`, the refiner's). None
+    cuts nothing.
+    """
+
+    start: float | None = None
+    end: float | None = None
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True)
+class DenoiseTask:
+    """One image's share of one denoiser."""
 
     id: str
     conditioning: StageConditioning
-    seed: int
+    start: Start
     width: int
     height: int
     scheduler: str | None
@@ -117,9 +155,7 @@ class DenoiseTask:
     eta: float
     time_ids: tuple[float, ...]
     negative_time_ids: tuple[float, ...]
-    denoising_end: float | None = None
-    denoising_start: float | None = None
-    latents: Latents | None = None
+    span: Span = WHOLE
     urgency: Urgency = Urgency()
     steps_after: int = 0  # about how many the next stage will take
     preview_at: tuple[float, ...] = ()  # fractions of this stage's steps after which a preview is wanted
@@ -169,7 +205,7 @@ def base_task(
     return DenoiseTask(
         id=f"{request.request_id}-{index}",
         conditioning=conditioning.base,
-        seed=request.seed + index,
+        start=Noise(request.seed + index),
         width=request.width,
         height=request.height,
         scheduler=request.scheduler,
@@ -179,7 +215,7 @@ def base_task(
         eta=request.eta,
         time_ids=time_ids,
         negative_time_ids=negative_time_ids,
-        denoising_end=request.high_noise_frac if request.refined else None,
+        span=Span(end=request.high_noise_frac) if request.refined else WHOLE,
         urgency=urgency,
         steps_after=round(request.num_inference_steps * (1 - request.high_noise_frac)),
         preview_at=_preview_at(partial_images, 0.0, request.high_noise_frac),
@@ -223,9 +259,8 @@ def refiner_task(
         guidance_scale=request.refiner_guidance_scale,
         time_ids=time_ids,
         negative_time_ids=negative_time_ids,
-        denoising_end=None,
-        denoising_start=request.high_noise_frac,
-        latents=latents,
+        start=Resumed(latents),
+        span=Span(start=request.high_noise_frac),
         urgency=urgency,
         steps_after=0,
         preview_at=_preview_at(partial_images, request.high_noise_frac, 1.0),

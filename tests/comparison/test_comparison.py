@@ -9,26 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
-from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from comparison import show
 from comparison.compare import main
-from comparison.scenarios import Effort, base_steps, far_apart, pooled, settle, short_behind_long, step_s
+from comparison.scenarios import Effort, far_apart, pooled, settle, short_behind_long, step_s
 from comparison.systems import GRAPH, NAMES, OURS, SETTINGS, UNTRACED, SystemFailed, running, setting, untraced
 from comparison.unet_gain import WAYS
 from serve_app.config.serve_file import read_serve_config
-from serve_app.config.settings import DEMO_FOLDER
 from serve_app.load.records import Record
-from serve_app.models.sampling import base_timesteps
 from tests.load.server import FakeService, serving
-
-
-@pytest.mark.parametrize("steps", [2, 10, 12, 25, 30, 37, 50])
-def test_base_steps_are_the_schedulers(steps: int) -> None:
-    scheduler = EulerDiscreteScheduler.from_pretrained(DEMO_FOLDER / "base" / "scheduler")
-    scheduler.set_timesteps(steps)
-    assert base_steps(steps) == len(base_timesteps(scheduler, 0.8))
 
 
 def record(**given: Any) -> Record:

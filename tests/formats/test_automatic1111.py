@@ -13,7 +13,7 @@ from serve_app import __version__
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.automatic1111.fields import OVERRIDES, Txt2ImgFields
 from serve_app.pictures.infotext import infotext, parse_infotext
-from serve_app.request import refiner_split
+from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest, ModelNotFound, Overloaded, ServiceError
 from serve_app.request.facts import ModelFacts, NoiseSchedule
 from serve_app.request.limits import Limits
@@ -153,7 +153,7 @@ def test_refiner_switch_at_counts_steps(sampler: str, switch_at: float, steps: i
     asked = decode(sampler_name=sampler, steps=steps, refiner_checkpoint="refiner", refiner_switch_at=switch_at)
     (one,) = asked.requests
     assert one.scheduler is not None and one.high_noise_frac is not None
-    assert refiner_split.base_steps(one.scheduler, steps, one.high_noise_frac) == base
+    assert timesteps.base_steps(one.scheduler, steps, one.high_noise_frac) == base
     assert asked.warnings == ()
 
 

@@ -19,9 +19,10 @@ from serve_app.demo.training.data import draw_sample, to_tensor
 from serve_app.models.checkpoint import Checkpoint, load_scheduler
 from serve_app.models.decode import Decoder
 from serve_app.models.denoise import Denoiser
-from serve_app.models.sampling import base_timesteps, make_scheduler, predicted_original
+from serve_app.models.sampling import make_scheduler, predicted_original, take_timesteps
 from serve_app.pictures.files import encode_preview
 from serve_app.request.schedulers import NAMES
+from serve_app.runtime.tasks import WHOLE, Noise
 from tests.models.test_stages import FLOAT32, base, task
 
 __all__ = ["base"]  # the fixture
@@ -65,7 +66,7 @@ def test_a_perfect_model_s_original_is_predicted_by_every_scheduler(base: Checkp
     """Where the model tells the very noise that is in the latents, the original is what they were made of."""
     scheduler = make_scheduler(load_scheduler(base), name)
     scheduler.set_timesteps(10)
-    base_timesteps(scheduler, None)
+    take_timesteps(scheduler, Noise(0), WHOLE)
     original = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.decode import Decoder
@@ -23,8 +24,19 @@ from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
 from serve_app.request.resolve import resolve
 from serve_app.request.schema import ImageRequest, SchedulerName, get_args, parse_request
-from serve_app.runtime.tasks import DenoiseTask, Latents, Stay, Urgency, base_task, encode_task, refiner_task
-from tests.reference import Reference
+from serve_app.runtime.tasks import (
+    WHOLE,
+    DenoiseTask,
+    Latents,
+    Noise,
+    Noised,
+    Stay,
+    Urgency,
+    base_task,
+    encode_task,
+    refiner_task,
+)
+from tests.reference import SCHEDULERS, Reference
 
 _ALWAYS: dict[str, list[Any]] = {
     "prompt": ["a", "red fox in snow", "x " * 100, "émoji 🙂 \n tab\t"],
@@ -87,9 +99,8 @@ def denoise(denoiser: Denoiser, task: DenoiseTask, dice: random.Random) -> Laten
     for _ in range(len(state.timesteps)):
         if dice.random() < 0.3:
             mate = dataclasses.replace(
-                task, seed=dice.randrange(1000), num_inference_steps=dice.choice([3, 9, 20]),
-                scheduler=dice.choice(["euler", "heun", "ddim"]), latents=None, denoising_start=None,
-                denoising_end=None,
+                task, start=Noise(dice.randrange(1000)), num_inference_steps=dice.choice([3, 9, 20]),
+                scheduler=dice.choice(["euler", "heun", "ddim"]), span=WHOLE,
             )  # fmt: skip
             mates.append(denoiser.begin(mate))
         mates = [mate for mate in mates if mate.index < len(mate.timesteps)]
@@ -110,3 +121,29 @@ def test_random_requests(number: int, stages: Graph, reference: Reference) -> No
     request = random_request(dice)
     ours, theirs = stages.draw(request, dice), reference.draw(request).pixels
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1, request.model_dump(exclude_unset=True)
+
+
+@pytest.mark.parametrize(("scheduler", "strength"), [(None, 0.6), ("heun", 0.5), ("dpmpp_2m_sde", 0.3), ("ddim", 1.0)])
+def test_finished_latents_with_noise_upon_them_go_on_as_image_to_image(
+    scheduler: Any, strength: float, stages: Graph, reference: Reference
+) -> None:
+    request = ImageRequest(prompt="a cat", seed=3, num_inference_steps=10, scheduler=scheduler, high_noise_frac=1.0)
+    resolved = resolve(request, stages.facts, Limits())
+    finished = np.random.default_rng(5).standard_normal((4, 16, 16), dtype=np.float32)
+    stream = torch.Generator("cpu").manual_seed(11)
+    texts = encode_task(resolved, AT_LEISURE)
+    jobs = stages.encoders.jobs(texts)
+    conditioning = stages.encoders.assemble(texts, {k: stages.encoders.embed([j])[0] for k, j in jobs.items()})
+    start = Noised(Latents(finished, stream.get_state().numpy(), 0), strength)
+    task = dataclasses.replace(base_task(resolved, 0, conditioning, AT_LEISURE), start=start)
+    ours = denoise(stages.base, task, random.Random(0))
+
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pipe(reference.base, add_watermarker=False)
+    native = reference.base.scheduler.config
+    pipeline.scheduler = SCHEDULERS[scheduler or "euler"](native)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a cat", image=torch.from_numpy(finished)[None], strength=strength, num_inference_steps=10, guidance_scale=7.5,
+        generator=torch.Generator("cpu").manual_seed(11), output_type="latent",
+    ).images[0].numpy()  # fmt: skip
+    assert np.abs(ours.samples - theirs).max() <= 2e-4 * np.abs(theirs).max()

@@ -23,7 +23,7 @@ from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute, is_context_broken, set_up
 from serve_app.models.encode import TextEncoders, TextJob
 from serve_app.request.errors import ConfigurationError, InvalidRequest, PictureFailed
-from serve_app.runtime.tasks import DenoiseTask, EncodeTask, StageConditioning
+from serve_app.runtime.tasks import DenoiseTask, EncodeTask, Noise, StageConditioning
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32)
 
@@ -134,7 +134,7 @@ def task(width: int = 128, height: int = 128, **fields: object) -> DenoiseTask:
     text = np.random.default_rng(0).standard_normal((77, 56), dtype=np.float32)
     pooled = np.random.default_rng(1).standard_normal(32, dtype=np.float32)
     given: dict[str, object] = {
-        "id": "t", "conditioning": StageConditioning(text, pooled, text * 0, pooled * 0), "seed": 1,
+        "id": "t", "conditioning": StageConditioning(text, pooled, text * 0, pooled * 0), "start": Noise(1),
         "width": width, "height": height, "scheduler": None, "num_inference_steps": 4, "guidance_scale": 5.0,
         "guidance_rescale": 0.0, "eta": 0.0, "time_ids": (height, width, 0, 0, height, width),
         "negative_time_ids": (height, width, 0, 0, height, width),

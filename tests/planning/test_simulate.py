@@ -16,7 +16,7 @@ from serve_app.planning.plan import alone_s, work_s
 from serve_app.planning.profile import Cores, Profile
 from serve_app.planning.simulate import STAGES, Replicas, Run, simulate
 from serve_app.planning.stages import Router
-from serve_app.planning.workload import Ask, Mix, closed_loop, poisson, split_steps
+from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
 from serve_app.request.errors import ConfigurationError
 from serve_app.runtime.scheduling import POLICIES
 from tests.planning.small import (
@@ -94,7 +94,7 @@ def test_all_work_is_done_once(
     }
     for part, stage in enumerate(("denoise", "refine")):
         counts = run.counts[stage]
-        steps = [ask.n * split_steps(ask.steps, ask.high_noise_frac)[part] for ask in asks]
+        steps = [ask.n * ask.steps_by_stage[part] for ask in asks]
         rows = sum(count * ask.rows for count, ask in zip(steps, asks, strict=True))
         assert counts.rows == rows, "every image is in exactly as many passes as it has steps"
         # No size is larger than the smallest measured one, so that each row takes the same.
@@ -283,22 +283,6 @@ def test_what_can_never_be_served_is_one_line(
     with pytest.raises(ConfigurationError) as caught:
         simulate(profile, replicas, [ask], concurrency=concurrency)
     assert line in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_steps_are_split_as_diffusers_splits_them() -> None:
-    """By its own schedulers, in every number of steps up to 200."""
-    from diffusers import EulerDiscreteScheduler
-
-    from serve_app.models.sampling import base_timesteps, refiner_timesteps
-
-    for steps in range(1, 200):
-        for fraction in (0.3, 0.5, 0.8, 0.95):
-            counts = []
-            for cut in (base_timesteps, refiner_timesteps):
-                scheduler = EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading")
-                scheduler.set_timesteps(steps)
-                counts.append(len(cut(scheduler, fraction)))
-            assert split_steps(steps, fraction) == tuple(counts), (steps, fraction)
 
 
 def test_many_replicas() -> None:

@@ -13,7 +13,7 @@ from serve_app.request.resolve import ResolvedRequest, resolve
 from serve_app.request.schema import ImageRequest, Progress
 from serve_app.runtime.pipeline import Drawing, LatentPreview, Listener, Stages
 from serve_app.runtime.pipeline import draw as draw_images
-from serve_app.runtime.tasks import Stay, Urgency
+from serve_app.runtime.tasks import WHOLE, Noise, Resumed, Span, Stay, Urgency
 from tests.fakes import BASE_ALONE, FACTS, LIMITS, FakeStages
 
 
@@ -52,7 +52,7 @@ async def test_the_pictures_of_a_request_run_side_by_side() -> None:
     drawing = asyncio.create_task(draw(request(n=3), fake.stages()))
     await fake.entered.wait()
     await asyncio.sleep(0)
-    assert [task.seed for task in fake.tasks] == [10, 11, 12], "all in the denoiser, none done"
+    assert [task.start for task in fake.tasks] == [Noise(10), Noise(11), Noise(12)], "all in the denoiser, none done"
     assert fake.gate is not None
     fake.gate.set()
     assert len((await drawing).images) == 3
@@ -63,7 +63,7 @@ async def test_the_base_alone_draws_what_is_not_refined(facts: ModelFacts, field
     fake = FakeStages()
     drawing = await draw(request(facts, **fields), fake.stages())
     assert fake.calls == ["encode", "denoise 10", "decode 10"]
-    assert fake.tasks[0].denoising_end is None
+    assert fake.tasks[0].span == WHOLE
     refine = drawing.timings[2]
     assert (refine.stage, refine.seconds, refine.steps) == ("refine", 0, 0)
 
@@ -73,12 +73,12 @@ async def test_base_and_refiner_get_their_shares_of_the_trajectory() -> None:
     asked = request(guidance_scale=3.0, refiner_guidance_scale=1.0, high_noise_frac=0.6, width=72)
     await draw(asked, fake.stages())
     base, refiner = fake.tasks
-    assert (base.denoising_end, base.denoising_start, base.latents) == (0.6, None, None)
-    assert (refiner.denoising_end, refiner.denoising_start) == (None, 0.6)
-    assert refiner.latents is not None and float(refiner.latents.samples[0, 0, 0]) == 10
+    assert (base.start, base.span) == (Noise(10), Span(end=0.6))
+    assert isinstance(refiner.start, Resumed) and refiner.span == Span(start=0.6)
+    assert float(refiner.start.latents.samples[0, 0, 0]) == 10
     assert (base.guidance_scale, refiner.guidance_scale) == (3.0, 1.0)
     assert (base.rows, refiner.rows) == (2, 1)
-    assert (base.seed, refiner.seed, base.width, refiner.height) == (10, 10, 72, 64)
+    assert (base.width, refiner.height) == (72, 64)
 
 
 async def test_time_ids_are_those_of_diffusers() -> None:

@@ -39,7 +39,7 @@ from serve_app.formats.automatic1111.fields import (
 from serve_app.formats.json_body import parse_object
 from serve_app.formats.words import in_words, unknown_fields
 from serve_app.pictures.infotext import clip_skip_of, infotext, parse_infotext, read_infotext
-from serve_app.request import refiner_split
+from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.request.facts import ModelFacts
 from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC
@@ -235,11 +235,11 @@ def _refiner(
     if asked.override_settings.get("refiner_switch_by_sample_steps") is False:
         fields["high_noise_frac"] = max(switch_at, 1e-6)
         return []
-    wanted = refiner_split.steps_before(switch_at, steps)
+    wanted = timesteps.steps_before(switch_at, steps)
     scheduler = find(fields["scheduler"] or facts.base.native_scheduler) or BY_NAME["euler"]
-    share = refiner_split.high_noise_frac(scheduler.name, steps, wanted, facts.base.noise_schedule)
+    share = timesteps.high_noise_frac(scheduler.name, steps, wanted, facts.base.noise_schedule)
     fields["high_noise_frac"] = share
-    got = refiner_split.base_steps(scheduler.name, steps, share, facts.base.noise_schedule)
+    got = timesteps.base_steps(scheduler.name, steps, share, facts.base.noise_schedule)
     if facts.base.noise_schedule.own_sigmas and not scheduler.own_timesteps:
         return ["refiner_switch_at is met only about: the checkpoint's scheduler spaces its steps in a way of its own"]
     if got == wanted:

@@ -1,9 +1,11 @@
-"""Where the refiner takes over: webui counts sampling steps, diffusers and we cut on training timesteps.
+"""The timesteps that a scheduler visits, and where the refiner takes over.
 
-webui's `refiner_switch_at` s gives the base every step k of n, counted from 0, with k / n < s. Our
-`high_noise_frac` f gives it every timestep at or above round(T - f T) (`sampling.base_timesteps`). With SDXL's
-"leading" timesteps the two differ by several steps, so f is chosen to cut between the base's last timestep
-and the refiner's first. For that the timesteps are computed here, as diffusers does for each scheduler.
+Computed as diffusers does for each scheduler, without it: by the ingress, which loads no torch, and by the planner.
+
+webui counts sampling steps where diffusers and we cut on training timesteps: its `refiner_switch_at` s gives the base
+every step k of n, counted from 0, with k / n < s; our `high_noise_frac` f every timestep at or above round(T - f T)
+(`models/sampling.py`). With SDXL's "leading" timesteps the two differ by several steps, so f is chosen to cut between
+the base's last timestep and the refiner's first.
 
 With Heun, which visits every timestep but the first twice, a step of the user's is a timestep. Karras's timesteps
 can coincide at the end of long trajectories; then no cut parts them, and the nearest one is taken.
@@ -35,6 +37,13 @@ def base_steps(scheduler: str, steps: int, high_noise_frac: float, noise_schedul
     total = noise_schedule.num_train_timesteps
     cutoff = round(total - high_noise_frac * total)
     return sum(1 for timestep in timesteps(scheduler, steps, noise_schedule) if timestep >= cutoff)
+
+
+@functools.lru_cache(maxsize=4096)
+def split(scheduler: str, steps: int, share: float, noise_schedule: NoiseSchedule = SDXL) -> tuple[int, int]:
+    """The steps of the base and of the refiner where the base has a `high_noise_frac` of `share`."""
+    base = steps if share >= 1 else base_steps(scheduler, steps, share, noise_schedule)
+    return base, steps - base
 
 
 def high_noise_frac(scheduler: str, steps: int, wanted: int, noise_schedule: NoiseSchedule = SDXL) -> float:

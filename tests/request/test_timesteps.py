@@ -7,16 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers.schedulers import EulerDiscreteScheduler
 
 import serve_app
-from serve_app.models.sampling import base_timesteps, make_scheduler, refiner_timesteps
+from serve_app.models.sampling import make_scheduler, take_timesteps
 from serve_app.request.facts import NoiseSchedule
-from serve_app.request.refiner_split import base_steps, high_noise_frac, steps_before, timesteps
 from serve_app.request.schedulers import NAMES
+from serve_app.request.timesteps import base_steps, high_noise_frac, split, steps_before, timesteps
+from serve_app.runtime.tasks import WHOLE, Latents, Noise, Resumed, Span
 
 CONFIG = Path(serve_app.__file__).parent / "demo/base/scheduler/scheduler_config.json"
+RESUMED = Resumed(Latents(np.zeros(0, np.float32), np.zeros(0, np.uint8), 0))
 SHARES = (0.0, 0.01, 0.1, 0.28, 1 / 3, 0.5, 0.7, 0.75, 0.8, 0.9, 0.99, 1.0)
 
 
@@ -36,7 +39,7 @@ def true_base_steps(scheduler: Any, share: float) -> int:
 
     "trailing" of some step counts (61 is the first) gives one timestep too many, -1, in diffusers.
     """
-    taken = base_timesteps(scheduler, None if share == 1 else share).tolist()
+    taken = take_timesteps(scheduler, Noise(0), WHOLE if share == 1 else Span(end=share)).tolist()
     taken = [timestep for timestep in taken if timestep >= 0]
     return len(set(taken)) if scheduler.order == 2 else len(taken)
 
@@ -70,7 +73,7 @@ def test_the_refiner_takes_the_rest(steps: int) -> None:
     for wanted in range(steps):
         scheduler = visited("leading", "euler", steps)
         share = high_noise_frac("euler", steps, wanted)
-        assert len(refiner_timesteps(scheduler, share)) == steps - wanted
+        assert len(take_timesteps(scheduler, RESUMED, Span(start=share))) == steps - wanted
 
 
 def test_karras_is_exact_until_its_timesteps_coincide() -> None:
@@ -93,3 +96,14 @@ def test_a_share_of_ours_is_counted_as_diffusers_does() -> None:
     for name in NAMES:
         for share in (0.02, 0.5, 0.8, 0.97):
             assert base_steps(name, 30, share) == true_base_steps(visited("leading", name, 30), share)
+
+
+def test_steps_are_split_as_diffusers_splits_them() -> None:
+    """By its own schedulers, in every number of steps up to 200, the refiner's by the refiner's own rule."""
+    for steps in range(1, 200):
+        scheduler = visited("leading", "euler", steps)
+        for share in (0.3, 0.5, 0.8, 0.95):
+            base = take_timesteps(scheduler, Noise(0), Span(end=share))
+            refiner = take_timesteps(scheduler, RESUMED, Span(start=share))
+            assert split("euler", steps, share) == (len(base), len(refiner)), (steps, share)
+    assert split("euler", 30, 1.0) == (30, 0)
