@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from serve_app.config.settings import DEMO_FOLDER
+from serve_app.models.backends.rows import Rows
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
@@ -37,11 +38,11 @@ class TimedDenoiser(Denoiser):
     def __init__(self, source: Checkpoint, compute: Compute) -> None:
         super().__init__(source, compute)
         self.unet_s: list[float] = []
-        self._untimed, self._predict = self._predict, self._timed
+        self._untimed, self._backend = self._backend, self._timed
 
-    def _timed(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def _timed(self, rows: Rows) -> torch.Tensor:
         began = time.perf_counter()
-        prediction = self._untimed(*tensors)
+        prediction = self._untimed(rows)
         self.unet_s.append(time.perf_counter() - began)
         return prediction
 

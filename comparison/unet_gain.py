@@ -27,33 +27,30 @@ def measure(model: str, seconds: float, keep_memory: bool, traced: bool, start_t
     import torch
 
     from serve_app.config.settings import DEMO_FOLDER
-    from serve_app.models.backends.traced import TracedUNet, UNet
+    from serve_app.models.backends.eager import Eager
+    from serve_app.models.backends.rows import Backend, Rows
+    from serve_app.models.backends.traced import Traced
     from serve_app.models.checkpoint import Checkpoint, load_unet
     from serve_app.models.device import Compute, keep_freed_memory
 
     torch.set_num_threads(1)
     if keep_memory:
         keep_freed_memory()
-    unet = UNet(load_unet(Checkpoint(DEMO_FOLDER / model, None), torch.float32))
-    predict: Any = unet
-    if traced:
-        predict = TracedUNet(unet, Compute(torch.device("cpu"), torch.float32), MODELS[model])
-    config = unet.unet.config
-    pooled = config.projection_class_embeddings_input_dim - MODELS[model] * config.addition_time_embed_dim
+    unet = load_unet(Checkpoint(DEMO_FOLDER / model, None), torch.float32)
+    compute = Compute(torch.device("cpu"), torch.float32)
+    predict: Backend = Traced(unet, compute, MODELS[model]) if traced else Eager(unet)
+    side = unet.config.sample_size
     figures = {}
     for rows in ROWS:
-        sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
-        embeds = torch.randn(rows, 77, config.cross_attention_dim)
-        added = torch.randn(rows, pooled), torch.full((rows, MODELS[model]), 128.0)
-        timesteps = torch.linspace(1, 999, rows)
+        given = Rows.example(unet.config, compute, MODELS[model], rows, side, side, 77)
         took: list[float] = []
         with torch.inference_mode():
-            predict(sample, timesteps, embeds, *added)  # warms up
+            predict(given)  # warms up
             start_together.wait()
             end = time.perf_counter() + seconds
             while len(took) < 3 or time.perf_counter() < end:
                 start = time.perf_counter()
-                predict(sample, timesteps, embeds, *added)
+                predict(given)
                 took.append(time.perf_counter() - start)
         figures[rows] = statistics.median(took) / rows * 1000
     return figures

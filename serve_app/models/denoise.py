@@ -7,7 +7,7 @@ scheduler object, random stream), and each forward pass gathers rows of many and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from serve_app.models import checkpoint
-from serve_app.models.backends.traced import TracedUNet, UNet
+from serve_app.models.backends.eager import Eager
+from serve_app.models.backends.rows import Backend, Rows
+from serve_app.models.backends.traced import Traced
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute, is_context_broken
 from serve_app.models.sampling import (
@@ -48,6 +50,7 @@ class Trajectory:
     scheduler_step: Any
     generator: torch.Generator
     timesteps: torch.Tensor  # (steps,) on the CPU, so that reading one never waits for the device
+    model_timesteps: torch.Tensor  # (steps,) float32, the same where the UNet is
     latents: torch.Tensor  # (1, 4, H/8, W/8) float32
     prompt_embeds: torch.Tensor  # (R, 77k, D), R = 2 with guidance, negative first; else 1
     pooled: torch.Tensor  # (R, P)
@@ -65,9 +68,9 @@ class Denoiser:
         self._unet = checkpoint.load_unet(source, compute.dtype).to(compute.device)
         self._native_scheduler = checkpoint.load_scheduler(source)
         self.takes_aesthetic_score = bool(source.model_index().get("requires_aesthetics_score", False))
-        self._predict: Callable[..., torch.Tensor] = UNet(self._unet)
+        self._backend: Backend = Eager(self._unet)
         if trace is True or (trace == "auto" and compute.device.type == "cpu"):
-            self._predict = TracedUNet(self._predict, compute, time_ids=5 if self.takes_aesthetic_score else 6)
+            self._backend = Traced(self._unet, compute, time_ids=5 if self.takes_aesthetic_score else 6)
         # SDXL's pipelines take the factor from the VAE; a denoiser has none to ask and SDXL's is 8.
         self.scale_factor = 8
 
@@ -108,6 +111,7 @@ class Denoiser:
             scheduler_step=make_step(scheduler, generator, task.eta),
             generator=generator,
             timesteps=timesteps,
+            model_timesteps=timesteps.to(self._compute.device, torch.float32),
             latents=latents.to(self._compute.device),
             prompt_embeds=embeds,
             pooled=pooled,
@@ -168,24 +172,24 @@ class Denoiser:
     @torch.inference_mode()
     def forward(self, states: Sequence[Trajectory]) -> list[torch.Tensor]:
         """One UNet call over the rows of all states; returns each one's rows, (R, 4, h, w) float32."""
-        samples, timesteps = [], []
-        for state in states:
-            timestep = state.timesteps[state.index]
-            # Idempotent: scaling sets the scheduler's step index from its begin index, once.
-            sample = state.scheduler.scale_model_input(state.latents, timestep)
-            samples += [sample] * state.task.rows
-            timesteps += [float(timestep)] * state.task.rows
-        noise = self._predict(
-            torch.cat(samples).to(self._compute.dtype),
-            torch.tensor(timesteps, dtype=torch.float32, device=self._compute.device),
-            torch.cat([state.prompt_embeds for state in states]),
-            torch.cat([state.pooled for state in states]),
-            torch.cat([state.time_ids for state in states]),
-        )
+        noise = self._backend(Rows.cat([self._rows(state) for state in states]))
         if self._compute.device.type == "cuda":
             # Launches run ahead of the device; who joins or leaves must be decided a pass at a time.
             torch.cuda.current_stream().synchronize()
         return list(noise.float().split([state.task.rows for state in states]))
+
+    def _rows(self, state: Trajectory) -> Rows:
+        """The rows of one image's next step."""
+        timestep = state.timesteps[state.index]
+        # Idempotent: scaling sets the scheduler's step index from its begin index, once.
+        sample = state.scheduler.scale_model_input(state.latents, timestep).to(self._compute.dtype)
+        return Rows(
+            samples=sample.expand(state.task.rows, -1, -1, -1),
+            timesteps=state.model_timesteps[state.index].expand(state.task.rows),
+            prompt_embeds=state.prompt_embeds,
+            pooled=state.pooled,
+            time_ids=state.time_ids,
+        )
 
     @torch.inference_mode()
     def advance(self, state: Trajectory, output: torch.Tensor) -> Floats | None:
