@@ -17,7 +17,15 @@ from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.planning.command import add_plan_flags
 from serve_app.planning.measure import add_profile_flags
 from serve_app.request.errors import ConfigurationError, ServiceError
-from serve_app.request.schema import ImageRequest, ImageResult, Progress, StreamEvent, field_kinds, parse_request
+from serve_app.request.schema import (
+    GROUPS,
+    ImageRequest,
+    ImageResult,
+    Progress,
+    StreamEvent,
+    field_kinds,
+    parse_request,
+)
 
 _PACKAGE = Path(__file__).parent
 # Inside the package where it was installed as a wheel, beside it in a checkout.
@@ -86,21 +94,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("request")
-    for name, kind in field_kinds().items():
-        if name == "prompt":
-            continue
-        field = ImageRequest.model_fields[name]
-        default = "" if field.default is None else f" (default {field.default})"
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            type=kind.base,
-            nargs=None if kind.values == 1 else kind.values,
-            choices=kind.choices or None,
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{default}".replace("%", "%%"),
-        )
+    kinds = field_kinds()
+    for title, group in GROUPS.items():
+        arguments = parser.add_argument_group(f"request: {title}", group.__doc__)
+        for name, field in group.model_fields.items():
+            if name == "prompt":
+                continue
+            kind = kinds[name]
+            default = "" if field.default is None else f" (default {field.default})"
+            arguments.add_argument(
+                f"--{name.replace('_', '-')}",
+                dest=name,
+                type=kind.base,
+                nargs=None if kind.values == 1 else kind.values,
+                choices=kind.choices or None,
+                default=argparse.SUPPRESS,
+                help=f"{field.description}{default}".replace("%", "%%"),
+            )
 
 
 def _generate(options: argparse.Namespace) -> int:

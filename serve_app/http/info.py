@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field
 from serve_app import __version__
 from serve_app.config.settings import AppConfig
 from serve_app.request.facts import ModelFacts
+from serve_app.request.fields import MAX_IMAGES
 from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC, DEFAULT_QUALITY
 from serve_app.request.schedulers import NAMES, SCHEDULERS
-from serve_app.request.schema import MAX_IMAGES, MAX_PARTIAL_IMAGES, ImageRequest
+from serve_app.request.schema import MAX_PARTIAL_IMAGES, ImageRequest
 
 
 class ServiceInfo(BaseModel):

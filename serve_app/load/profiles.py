@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from serve_app.demo.grammar import caption, sample_scene
 from serve_app.request.errors import ConfigurationError, InvalidRequest, first_fault
+from serve_app.request.fields import MAX_IMAGES, MAX_SEED, MAX_STEPS
 from serve_app.request.schedulers import SchedulerName
-from serve_app.request.schema import MAX_IMAGES, MAX_SEED, MAX_STEPS, parse_request
+from serve_app.request.schema import parse_request
 
 
 class _Strict(BaseModel):

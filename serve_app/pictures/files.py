@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from serve_app import __version__
-from serve_app.request.schema import OutputFormat
+from serve_app.request.fields import OutputFormat
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats

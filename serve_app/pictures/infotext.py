@@ -20,6 +20,7 @@ from serve_app import __version__
 from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import NoiseSchedule
+from serve_app.request.fields import OutputFields, UrgencyFields
 from serve_app.request.schedulers import find, from_webui, to_webui
 from serve_app.request.schema import FieldKind, ImageRequest, field_kinds, read_text
 from serve_app.request.timesteps import SDXL
@@ -33,7 +34,7 @@ _PARAMETER = re.compile(r'\s{0,9}(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*
 _FEWEST_PARAMETERS = 3  # a last line with fewer is part of the prompt
 _KINDS = field_kinds()
 # Of the request and not of the picture: the file, the number, and how urgent it was.
-_NOT_OF_THE_PICTURE = {"n", "output_format", "output_compression", "priority", "deadline_s"}
+_NOT_OF_THE_PICTURE = {"n", *OutputFields.model_fields, *UrgencyFields.model_fields}
 # Fields with keys of their own, written and read one by one.
 _OWN_KEYS = {
     "prompt", "negative_prompt", "num_inference_steps", "scheduler", "guidance_scale", "seed", "width", "height",

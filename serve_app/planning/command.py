@@ -17,7 +17,7 @@ from serve_app.planning.profile import Cores, Profile, read_profile, shipped_pro
 from serve_app.planning.simulate import STAGES, Replicas, Run, percentile, simulate
 from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
 from serve_app.request.errors import ConfigurationError
-from serve_app.request.schema import MAX_IMAGES, MAX_STEPS
+from serve_app.request.fields import MAX_IMAGES, MAX_STEPS
 from serve_app.runtime.scheduling import POLICIES
 
 _SHARES = (0.5, 0.95, 0.99)

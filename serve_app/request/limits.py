@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.request.schema import DEFAULT_STEPS, MAX_STEPS
+from serve_app.request.fields import DEFAULT_STEPS, MAX_STEPS
 
 
 class Limits(BaseModel):

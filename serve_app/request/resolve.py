@@ -15,8 +15,9 @@ from serve_app.demo.grammar import unknown_prompt
 from serve_app.request.effects import StageFacts, effect_warnings
 from serve_app.request.errors import ConfigurationError, InvalidRequest
 from serve_app.request.facts import ModelFacts
+from serve_app.request.fields import MAX_SEED, OutputFormat, UrgencyFields
 from serve_app.request.limits import Limits
-from serve_app.request.schema import MAX_SEED, ImageRequest, OutputFormat
+from serve_app.request.schema import ImageRequest
 
 DEFAULT_HIGH_NOISE_FRAC = 0.8
 DEFAULT_QUALITY = 95
@@ -188,7 +189,7 @@ def parameters(request: ResolvedRequest, index: int) -> dict[str, Any]:
 
     What this picture did not use is left out, and so is what says when it is drawn and not how.
     """
-    unused = {"n", "seed", "priority", "deadline_s"}
+    unused = {"n", "seed", *UrgencyFields.model_fields}
     if not request.refined:
         unused |= {"refiner_guidance_scale"}
     if not (request.refined and request.refiner_takes_aesthetic_score):

@@ -11,7 +11,8 @@ import pytest
 from serve_app.http.app import build_http_app
 from serve_app.http.info import service_info
 from serve_app.http.page import read_page
-from serve_app.request.schema import MAX_IMAGES, parse_request
+from serve_app.request.fields import MAX_IMAGES
+from serve_app.request.schema import parse_request
 from tests.fakes import BASE_ALONE, FakeStages, service
 from tests.http.test_app import GENERATIONS, get, post
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from serve_app.load.profiles import PROFILES, Profile, parse_profile, request_at
 from serve_app.request.errors import ConfigurationError
-from serve_app.request.schema import MAX_IMAGES, parse_request
+from serve_app.request.fields import MAX_IMAGES
+from serve_app.request.schema import parse_request
 
 seeds = st.integers(0, 2**40)
 

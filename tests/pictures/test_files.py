@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from serve_app.pictures.files import MEDIA_TYPES, encode_image, read_parameters
+from serve_app.request.fields import MAX_PROMPT_CHARS, OutputFormat
 from serve_app.request.resolve import parameters, resolve
-from serve_app.request.schema import MAX_PROMPT_CHARS, GeneratedImage, ImageRequest, OutputFormat
+from serve_app.request.schema import GeneratedImage, ImageRequest
 from tests.fakes import FACTS, LIMITS
 
 FORMATS: tuple[OutputFormat, ...] = ("png", "jpeg", "webp")

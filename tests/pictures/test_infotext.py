@@ -16,7 +16,8 @@ from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import DenoiserFacts, ModelFacts, TextFacts
 from serve_app.request.limits import Limits
 from serve_app.request.resolve import parameters, resolve
-from serve_app.request.schema import ImageRequest, SchedulerName, field_kinds, parse_request
+from serve_app.request.schedulers import SchedulerName
+from serve_app.request.schema import ImageRequest, field_kinds, parse_request
 from tests.cases import CASES
 
 FACTS = ModelFacts(

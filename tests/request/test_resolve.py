@@ -10,10 +10,11 @@ import pytest
 
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import ModelFacts
+from serve_app.request.fields import MAX_SEED
 from serve_app.request.limits import Limits
 from serve_app.request.resolve import ResolvedRequest, parameters, resolve
 from serve_app.request.schedulers import CLASSES_WITH_ETA, SCHEDULERS
-from serve_app.request.schema import MAX_SEED, ImageRequest
+from serve_app.request.schema import ImageRequest
 from tests.fakes import BASE_ALONE, FACTS, LIMITS
 
 _REFINER = FACTS.refiner

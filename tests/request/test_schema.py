@@ -8,15 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.request.errors import InvalidRequest
-from serve_app.request.schema import (
-    MAX_PROMPT_CHARS,
-    MAX_SEED,
-    FieldKind,
-    ImageRequest,
-    field_kinds,
-    parse_request,
-    read_text,
-)
+from serve_app.request.fields import MAX_PROMPT_CHARS, MAX_SEED
+from serve_app.request.schema import GROUPS, FieldKind, ImageRequest, field_kinds, parse_request, read_text
 
 
 def refusal(**fields: Any) -> InvalidRequest:
@@ -268,3 +261,8 @@ def test_text_of_another_kind_is_refused(name: str, texts: list[str], message: s
     with pytest.raises(InvalidRequest) as caught:
         read_text(name, field_kinds()[name], texts)
     assert (caught.value.message, caught.value.param) == (message, name)
+
+
+def test_every_field_is_of_one_group_in_their_order() -> None:
+    grouped = [name for group in GROUPS.values() for name in group.model_fields]
+    assert grouped == list(ImageRequest.model_fields)

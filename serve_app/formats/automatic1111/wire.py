@@ -42,17 +42,10 @@ from serve_app.pictures.infotext import clip_skip_of, infotext, parse_infotext, 
 from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
 from serve_app.request.facts import ModelFacts
+from serve_app.request.fields import MAX_IMAGES, MAX_STEPS
 from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC
 from serve_app.request.schedulers import AUTOMATIC, BY_NAME, find, from_webui, takes_eta, to_webui
-from serve_app.request.schema import (
-    MAX_IMAGES,
-    MAX_STEPS,
-    GeneratedImage,
-    ImageRequest,
-    ImageResult,
-    invalid_request,
-    parse_request,
-)
+from serve_app.request.schema import GeneratedImage, ImageRequest, ImageResult, invalid_request, parse_request
 
 _PLAIN_PROMPT = (
     ("extra networks", re.compile(r"<\w{1,20}:[^<>]*>")),

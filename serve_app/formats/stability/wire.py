@@ -18,6 +18,7 @@ from serve_app.formats.accept import choose
 from serve_app.formats.json_body import parse_object
 from serve_app.formats.words import Warns, in_words, unknown_fields
 from serve_app.request.errors import InvalidRequest, ModelNotFound, ServiceError
+from serve_app.request.fields import OutputFields
 from serve_app.request.schedulers import BY_NAME, BY_STABILITY, NAMES, SchedulerName
 from serve_app.request.schema import ImageRequest, ImageResult, invalid_request, parse_request
 
@@ -82,7 +83,7 @@ EXTRAS: tuple[str, ...] = tuple(
     for name in ImageRequest.model_fields
     if name not in TextToImageFields.model_fields
     and name not in _COUNTERPARTS
-    and name not in ("output_format", "output_compression")
+    and name not in OutputFields.model_fields
 )
 _WORDS = _COUNTERPARTS | {name: f"extras.{name}" for name in EXTRAS}
 
