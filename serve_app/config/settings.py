@@ -14,11 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from serve_app.request.errors import ConfigurationError, first_fault
 from serve_app.request.limits import Limits
+from serve_app.request.schema import StageName
 
 _EMBEDDED = ("embedded:base", "embedded:refiner")
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 APP_NAME = "sdxl"
-DEPLOYMENTS = ("TextEncoder", "BaseDenoiser", "Refiner", "VaeDecoder", "Ingress")
+DEPLOYMENT_OF: dict[StageName, str] = {
+    "encode": "TextEncoder",
+    "denoise": "BaseDenoiser",
+    "refine": "Refiner",
+    "decode": "VaeDecoder",
+}
+DEPLOYMENTS = (*DEPLOYMENT_OF.values(), "Ingress")
 
 PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline", "least_slack"]
 

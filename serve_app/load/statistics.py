@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.load.records import Record
+from serve_app.request import schema
 
-STAGES = ("queue", "encode", "denoise", "refine", "decode")
+STAGES = ("queue", *schema.STAGES)
 
 
 @dataclass(frozen=True)

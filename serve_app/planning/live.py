@@ -13,14 +13,13 @@ import psutil
 from ray import serve
 
 from serve_app.config.serve_file import ServeConfig
-from serve_app.config.settings import APP_NAME
+from serve_app.config.settings import APP_NAME, DEPLOYMENT_OF
 from serve_app.planning.simulate import Replicas
 from serve_app.planning.workload import Ask
 from serve_app.request.errors import ConfigurationError
 from serve_app.request.schema import ImageRequest
 from serve_app.runtime.engine import PassTimes
 
-_DEPLOYMENTS = {"encode": "TextEncoder", "denoise": "BaseDenoiser", "refine": "Refiner", "decode": "VaeDecoder"}
 _ASKS_FOR_STATS = 200  # calls until every replica should have been met: each goes to one at random
 
 
@@ -30,7 +29,7 @@ def replicas_of(config: ServeConfig) -> Replicas:
     def count(name: str) -> int:
         return int(config.deployments.get(name, {}).get("num_replicas") or 1)
 
-    replicas = Replicas(**{stage: count(name) for stage, name in _DEPLOYMENTS.items()}, ingress=count("Ingress"))
+    replicas = Replicas(**{stage: count(name) for stage, name in DEPLOYMENT_OF.items()}, ingress=count("Ingress"))
     return replicas if config.app.refiner is not None else replace(replicas, refine=0)
 
 
@@ -88,7 +87,7 @@ class LiveGraph:
     async def stats(self) -> dict[str, list[dict[str, Any]]]:
         """The counters of every denoiser replica, by stage."""
         return {
-            stage: await self._stats_of_all(_DEPLOYMENTS[stage], getattr(self.replicas, stage))
+            stage: await self._stats_of_all(DEPLOYMENT_OF[stage], getattr(self.replicas, stage))
             for stage in ("denoise", "refine")
             if getattr(self.replicas, stage)
         }

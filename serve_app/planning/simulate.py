@@ -25,11 +25,12 @@ from serve_app.planning.stages import (
     Stay,
 )
 from serve_app.planning.workload import Ask
+from serve_app.request import schema
 from serve_app.request.errors import ConfigurationError, Overloaded
 from serve_app.runtime.admission import Admission
 from serve_app.runtime.scheduling import Job
 
-STAGES = ("encode", "denoise", "refine", "decode", "ingress")
+STAGES = (*schema.STAGES, "ingress")
 
 
 @dataclass(frozen=True)

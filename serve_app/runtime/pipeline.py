@@ -12,11 +12,12 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from serve_app.request.resolve import ResolvedRequest
-from serve_app.request.schema import Progress, StageName, StageTiming
+from serve_app.request.schema import STAGES, Progress, StageName, StageTiming
+from serve_app.runtime.route import DenoiserStage, Passage, route_of
 from serve_app.runtime.tasks import (
     Conditioning,
     DenoiseTask,
@@ -24,9 +25,7 @@ from serve_app.runtime.tasks import (
     Latents,
     StepReport,
     Urgency,
-    base_task,
     encode_task,
-    refiner_task,
 )
 
 if TYPE_CHECKING:
@@ -101,8 +100,7 @@ class _Stopwatch:
         span.last = time.perf_counter()
 
     def timings(self) -> list[StageTiming]:
-        stages: tuple[StageName, ...] = ("encode", "denoise", "refine", "decode")
-        spans = {stage: self.spans.get(stage, _Span()) for stage in stages}
+        spans = {stage: self.spans.get(stage, _Span()) for stage in STAGES}
         return [
             StageTiming(stage, span.last - span.first, span.steps, span.queue_s or 0.0) for stage, span in spans.items()
         ]
@@ -139,6 +137,7 @@ class _Drawer:
     def __init__(self, request: ResolvedRequest, stages: Stages, listener: Listener | None) -> None:
         self.watch = _Stopwatch()
         self._request = request
+        self._route = route_of(request)
         self._stages = stages
         self._listener = listener
         self._partial_images = 0 if listener is None else listener.partial_images
@@ -150,20 +149,19 @@ class _Drawer:
 
     async def draw(self, index: int, conditioning: Conditioning) -> Bytes:
         """Pixels (H, W, 3) uint8 of image `index`."""
-        request, stages = self._request, self._stages
-        task = base_task(request, index, conditioning, self._urgency(), self._partial_images)
+        passage = Passage(self._request, index, conditioning, self._partial_images)
         previews = itertools.count()
-        latents = await self._denoise("denoise", stages.denoise, task, index, previews)
-        if request.refined:
-            task = refiner_task(request, task, conditioning, latents, self._urgency(), self._partial_images)
-            latents = await self._denoise("refine", stages.refine, task, index, previews)
-        self._tell(Progress("decode", index))
-        with self.watch.time("decode"):
-            return await stages.decode(latents.samples, self._urgency())
+        for leg in self._route.denoisers:
+            task = leg.task(passage, self._urgency())
+            passage = replace(passage, task=task, latents=await self._denoise(leg.stage, task, index, previews))
+        assert passage.latents is not None
+        stage = self._route.decoder.stage
+        self._tell(Progress(stage, index))
+        with self.watch.time(stage):
+            return await self._stages.decode(passage.latents.samples, self._urgency())
 
-    async def _denoise(
-        self, stage: StageName, denoise: Denoise, task: DenoiseTask, index: int, previews: Iterator[int]
-    ) -> Latents:
+    async def _denoise(self, stage: DenoiserStage, task: DenoiseTask, index: int, previews: Iterator[int]) -> Latents:
+        denoise: Denoise = getattr(self._stages, stage)
         with self.watch.time(stage) as span:
             asked = time.perf_counter()
             latents = await denoise(task, self._on_step(stage, index, previews))
@@ -197,12 +195,11 @@ class _Drawer:
     def warnings(self) -> Iterator[str]:
         """What only the drawing showed."""
         request, spans = self._request, self.watch.spans
-        stages: tuple[tuple[StageName, str], ...] = (("denoise", "the base"), ("refine", "the refiner"))
-        for stage, model in stages:
+        for leg in self._route.denoisers:
             # Few steps and an uneven split can leave a denoiser none; then it returns what it was given.
-            if request.refined and spans[stage].steps == 0:
+            if request.refined and spans[leg.stage].steps == 0:
                 yield (
-                    f"{model} takes no step: num_inference_steps {request.num_inference_steps} and high_noise_frac "
+                    f"{leg.model} takes no step: num_inference_steps {request.num_inference_steps} and high_noise_frac "
                     f"{request.high_noise_frac:g} leave it none, and its parameters have no effect"
                 )
         late = (time.perf_counter() - self._began) - (request.deadline_s or math.inf)
