@@ -58,7 +58,7 @@ chromium:
 	fi
 
 test: $(VENV)/.installed-test chromium
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m comparison.compare

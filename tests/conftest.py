@@ -28,6 +28,17 @@ settings.load_profile("untimed")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a Ray is one group, for `pytest -n 2 --dist loadgroup`: one process has it, the other all else.
+
+    The session's graph is started once, and no two Rays share two cores. The group comes first: it takes longest.
+    """
+    for item in items:
+        if "graph" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random-weight `base` and `refiner`, scaled so that every field shows in the pixels."""

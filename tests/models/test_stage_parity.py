@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,7 +23,8 @@ from serve_app.models.encode import TextEncoders
 from serve_app.request.facts import ModelFacts
 from serve_app.request.limits import Limits
 from serve_app.request.resolve import resolve
-from serve_app.request.schema import ImageRequest, SchedulerName, get_args, parse_request
+from serve_app.request.schedulers import SchedulerName
+from serve_app.request.schema import ImageRequest, parse_request
 from serve_app.runtime.tasks import (
     WHOLE,
     DenoiseTask,
