@@ -54,6 +54,29 @@ def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
     return scheduler_class.from_config(native.config, **arguments)
 
 
+def try_out(native: Scheduler) -> int:
+    """Takes the checkpoint's own scheduler through a trajectory of nothing; raises what it raises.
+
+    Returns a number of steps that it takes: distilled models' schedulers refuse more than they were made for.
+    """
+    first: ValueError | None = None
+    for steps in (10, 4, 2, 1):
+        scheduler = make_scheduler(native, None)
+        try:
+            scheduler.set_timesteps(steps, device="cpu")
+        except ValueError as error:
+            first = first or error
+            continue
+        step = make_step(scheduler, torch.Generator("cpu").manual_seed(0), eta=0.0)
+        latents = torch.ones(1, 4, 8, 8) * scheduler.init_noise_sigma
+        for timestep in base_timesteps(scheduler, None):
+            model_input = scheduler.scale_model_input(latents, timestep)
+            latents = step(torch.zeros_like(model_input), timestep, latents)[0]
+        return steps
+    assert first is not None
+    raise first
+
+
 def draw_noise(generator: torch.Generator, width: int, height: int, channels: int, factor: int) -> torch.Tensor:
     """Unit Gaussian noise, (1, C, H/factor, W/factor) float32, always drawn on the CPU."""
     shape = (1, channels, height // factor, width // factor)

@@ -10,9 +10,10 @@ import torch
 
 from serve_app.config.settings import DEMO_FOLDER
 from serve_app.models.backends.traced import TracedUNet, UNet
-from serve_app.models.checkpoint import Checkpoint, load_unet
+from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
+from serve_app.models.loading import load_unet
 from serve_app.request.errors import ConfigurationError
 
 # rows, latent height and width, tokens: one row, many, beyond the 64 where diffusers copies, small, large, wide, long
