@@ -46,7 +46,7 @@ def check(checkpoint: Checkpoint, components: Sequence[str], role: Role = "base"
     index = _check_index(checkpoint, components)
     for component in components:
         if not checkpoint.path(component).is_dir():
-            what = _other_kind(folder) or _other_pipeline(index) or checkpoint.partly_cached
+            what = _other_kind(folder) or _other_pipeline(index) or checkpoint.not_given
             raise ConfigurationError(f"{folder}: no {component} folder{what}")
         with refusing(checkpoint.path(component)):  # values of a type that nobody thought of
             _check_component(checkpoint, component, role)
@@ -73,7 +73,8 @@ def check_sources(config: AppConfig, *, missing_ok: bool = False, thorough: bool
     """Checks the checkpoints of a configuration that are on this machine; returns those that are not.
 
     With `missing_ok` a folder that is not here passes: a head node has no model volume. A hub id is looked for in this
-    machine's cache with `thorough` alone: the replica that fetches it checks it.
+    machine's cache with `thorough` alone, and where that holds only a part of it, it is not here: the replica that
+    fetches it checks it.
     """
     one: Callable[[Checkpoint, Sequence[str], Role], None] = check_thoroughly if thorough else check
     absent = []
@@ -82,7 +83,7 @@ def check_sources(config: AppConfig, *, missing_ok: bool = False, thorough: bool
             if not missing_ok or source.folder.exists():
                 one(locate(source, components), components, role)
             continue
-        cached = _cached(source) if thorough else None
+        cached = _cached(source, components) if thorough else None
         if cached is None:
             absent.append(source)
         else:
@@ -100,8 +101,8 @@ def _sources(config: AppConfig) -> _Sources:
     return found
 
 
-def _cached(source: ModelSource) -> Checkpoint | None:
-    """What this machine's cache holds whole of a hub id; None where that is nothing, or not all of it yet."""
+def _cached(source: ModelSource, components: Sequence[str]) -> Checkpoint | None:
+    """A hub's checkpoint as this machine's cache holds it; None where not all of its components are there."""
     from huggingface_hub import snapshot_download
 
     assert source.hub_id is not None
@@ -109,7 +110,9 @@ def _cached(source: ModelSource) -> Checkpoint | None:
         folder = Path(snapshot_download(source.hub_id, revision=source.revision, local_files_only=True))
     except (OSError, ValueError):  # huggingface_hub's own are among them
         return None
-    return Checkpoint(folder, source.variant, str(source)) if (folder / "model_index.json").exists() else None
+    checkpoint = Checkpoint(folder, source.variant, str(source))
+    whole = all(checkpoint.has(component, checkpoint.variant_of(component)) for component in components)
+    return checkpoint if whole else None
 
 
 def _no_folder(folder: Path) -> str:
@@ -151,7 +154,7 @@ def _check_index(checkpoint: Checkpoint, components: Sequence[str]) -> dict[str,
     if not path.exists() and not path.is_symlink():
         if tuple(components) == ("vae",):
             return {}
-        what = _other_kind(checkpoint.folder) or checkpoint.partly_cached
+        what = _other_kind(checkpoint.folder) or checkpoint.not_given
         missing = [component for component in components if not checkpoint.path(component).is_dir()]
         raise ConfigurationError(
             f"{checkpoint.folder}: no model_index.json{f', no {missing[0]} folder' if missing else ''}{what}"
@@ -228,7 +231,9 @@ def _check_vae(where: Path, vae: dict[str, Any]) -> None:
 
 def _check_unet(checkpoint: Checkpoint, unet: dict[str, Any], role: Role) -> None:
     where = checkpoint.path("unet")
-    if unet.get("addition_embed_type") != "text_time" or unet.get("in_channels") != LATENT_CHANNELS:
+    if unet.get("addition_embed_type") != "text_time" or any(
+        unet.get(name, LATENT_CHANNELS) != LATENT_CHANNELS for name in ("in_channels", "out_channels")
+    ):
         raise ConfigurationError(f"{where}: not an SDXL text-to-image UNet (text_time, 4 latent channels)")
     if unet.get("time_cond_proj_dim") is not None:
         raise ConfigurationError(f"{where}: guidance-distilled UNets (time_cond_proj_dim) are not served")
@@ -237,8 +242,8 @@ def _check_unet(checkpoint: Checkpoint, unet: dict[str, Any], role: Role) -> Non
             f"{where}: wants more than text (encoder_hid_dim_type is {unet['encoder_hid_dim_type']}): IP-Adapters and "
             "their like are not served"
         )
-    side = unet.get("sample_size")  # diffusers' pipelines take 128 where there is none
-    if side is not None and (not isinstance(side, int) or side < 1):
+    side = unet.get("sample_size")  # the size of a picture whose request names none
+    if not isinstance(side, int) or side < 1:
         raise ConfigurationError(f"{where}: sample_size is {side}, no number of latents a side")
     encoders = ("text_encoder", "text_encoder_2") if role == "base" else ("text_encoder_2",)
     if not all((checkpoint.path(name) / "config.json").is_file() for name in encoders):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.config.settings import ModelSource
-from serve_app.models.files import Entry, is_dangling, read_header, read_json
+from serve_app.models.files import Entry, is_dangling, one_line, read_header, read_json
 from serve_app.request.errors import ConfigurationError
 
 Role = Literal["base", "refiner"]
@@ -61,7 +61,9 @@ class Checkpoint:
         return None if any(self.has(other, self.variant) for other in _WEIGHTS_STEM) else self.variant
 
     def has(self, component: str, variant: str | None) -> bool:
-        """Whether a component's weights are there in a variant; None is the full ones."""
+        """Whether a component's weights are there in a variant; None is the full ones. Others need none."""
+        if component not in _WEIGHTS_STEM:
+            return self.path(component).is_dir()
         return any(path.is_file() or is_dangling(path) for path in self._candidates(component, variant))
 
     def weights(self, component: str) -> Path:
@@ -82,7 +84,7 @@ class Checkpoint:
         elif other:
             reason = f"; there is {', '.join(other)}, and only safetensors of the given variant are read"
         else:
-            reason = self.partly_cached
+            reason = self.not_given
         raise ConfigurationError(f"{folder}: no {whole}{reason}")
 
     def header(self, component: str) -> dict[str, Entry]:
@@ -102,9 +104,9 @@ class Checkpoint:
         return header
 
     @property
-    def partly_cached(self) -> str:
-        """What to add where a file is missing."""
-        return f"; of {self.hub} this machine's cache holds only a part, and the hub gave no more" if self.hub else ""
+    def not_given(self) -> str:
+        """What to add where a file is missing: who else was asked for it."""
+        return f"; neither the hub nor this machine's cache gave it of {self.hub}" if self.hub else ""
 
     def digest(self, components: Iterable[str]) -> str:
         """A hash over what the components compute with: equal digests are equal weights, settings and vocabularies.
@@ -156,7 +158,7 @@ def locate(source: ModelSource, components: Sequence[str], configs: Sequence[str
 
 def _fetch(source: ModelSource, components: Sequence[str], configs: Sequence[str], variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     middle = _middle(variant)
     patterns = ["model_index.json", *(f"{component}/config.json" for component in configs)]
@@ -173,28 +175,34 @@ def _fetch(source: ModelSource, components: Sequence[str], configs: Sequence[str
         return Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         raise ConfigurationError(f"{source}: not in this machine's cache, and the hub can't be reached") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (OSError, ValueError) as error:  # huggingface_hub's own are among them
         raise ConfigurationError(f"{source}: can't be fetched from the hub: {_hub_reason(error)}") from None
 
 
 def _hub_reason(error: Exception) -> str:
-    """What an error of the hub's says: it begins with its status and request id, and the reason follows."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("4", "5")) or "Client Error" not in line] or lines
-    return said[0] if said else type(error).__name__
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: its terms must be accepted, and HF_TOKEN set"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private and HF_TOKEN is not set"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    return one_line(error)
 
 
 def _has_variant(source: ModelSource, checkpoint: Checkpoint) -> bool:
     """Whether any component of a hub's checkpoint has weights of the given variant."""
     from huggingface_hub import HfApi
 
-    middle = f"{_middle(source.variant)}."
+    if any(checkpoint.has(component, source.variant) for component in _WEIGHTS_STEM):
+        return True
+    assert source.hub_id is not None
     try:
-        assert source.hub_id is not None
         names = HfApi().list_repo_files(source.hub_id, revision=source.revision)
-    except Exception:  # without the hub, what the cache holds decides
-        names = [path.name for path in checkpoint.folder.glob("*/*.safetensors")]
-    return any(middle in name and name.endswith(".safetensors") for name in names)
+    except (OSError, ValueError):  # without the hub, what the cache holds decides
+        return False
+    return any(f"{_middle(source.variant)}." in name and name.endswith(".safetensors") for name in names)
 
 
 def _middle(variant: str | None) -> str:

@@ -30,7 +30,7 @@ from serve_app.models.sampling import (
     refiner_timesteps,
     try_out,
 )
-from serve_app.request.errors import InvalidRequest
+from serve_app.request.errors import ConfigurationError, InvalidRequest
 from serve_app.request.resolve import Trajectory as TrajectoryFacts
 from serve_app.runtime.scheduling import Job
 from serve_app.runtime.tasks import DenoiseTask, Latents, StageConditioning, Stay
@@ -78,8 +78,7 @@ class Denoiser:
 
     @property
     def native_size_px(self) -> int:
-        # StableDiffusionXLPipeline's own default where the configuration has none.
-        return int(self._unet.config.sample_size or 128) * self.scale_factor
+        return int(self._unet.config.sample_size) * self.scale_factor
 
     @property
     def native_scheduler(self) -> str:
@@ -110,7 +109,8 @@ class Denoiser:
             for guidance_scale in (5.0, 1.0):
                 state = self.begin(self._task_of_nothing(size_px, steps, guidance_scale))
                 self.advance(state, self.forward([state])[0])
-                self.finish(state, Stay())
+                if not np.isfinite(self.finish(state, Stay()).samples).all():
+                    raise ConfigurationError(f"{self._source.path('unet')}: its prediction is not finite")
 
     def _task_of_nothing(self, size_px: int, steps: int, guidance_scale: float) -> DenoiseTask:
         config = self._unet.config
