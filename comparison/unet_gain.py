@@ -30,8 +30,9 @@ def measure(model: str, seconds: float, keep_memory: bool, traced: bool, start_t
     from serve_app.models.backends.eager import Eager
     from serve_app.models.backends.rows import Backend, Rows
     from serve_app.models.backends.traced import Traced
-    from serve_app.models.checkpoint import Checkpoint, load_unet
+    from serve_app.models.checkpoint import Checkpoint
     from serve_app.models.device import Compute, keep_freed_memory
+    from serve_app.models.loading import load_unet
 
     torch.set_num_threads(1)
     if keep_memory:

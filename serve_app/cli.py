@@ -218,10 +218,11 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _check(options: argparse.Namespace) -> int:
     from serve_app.config.serve_file import read_serve_config
-    from serve_app.models.checkpoint import check_sources
+    from serve_app.models.check import check_sources
 
     config = read_serve_config(options.config)
-    check_sources(config.app)
+    for source in check_sources(config.app, thorough=True):
+        print(f"{source}: not on this machine; the replica that fetches it checks it", file=sys.stderr)
     print(f"{options.config}: fine ({config.app.base}{' + ' + str(config.app.refiner) if config.app.refiner else ''})")
     return 0
 

@@ -48,6 +48,8 @@ class ModelSource(_Strict):
     def _one_source(self) -> ModelSource:
         if (self.path is None) == (self.hub_id is None):
             raise ValueError("needs exactly one of path and hub_id")
+        if self.hub_id is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub_id):
+            raise ValueError(f"hub_id {self.hub_id!r} is no hub id, such as owner/name")
         if self.hub_id is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(f"hub_id {self.hub_id} needs a revision of 40 hex digits")
         if self.path is not None and self.revision is not None:

@@ -11,7 +11,7 @@ from serve_app.graph.denoiser import Denoiser
 from serve_app.graph.ingress import Ingress
 from serve_app.graph.text_encoder import TextEncoder
 from serve_app.graph.vae_decoder import VaeDecoder
-from serve_app.models.checkpoint import check_sources
+from serve_app.models.check import check_sources
 
 
 def build_app(args: dict[str, Any]) -> Application:

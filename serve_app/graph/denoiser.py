@@ -12,7 +12,8 @@ from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
-from serve_app.models import checkpoint
+from serve_app.models.check import check
+from serve_app.models.checkpoint import locate
 from serve_app.runtime.engine import StepEngine
 from serve_app.runtime.scheduling import Budget, scheduler_for
 from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
@@ -33,9 +34,11 @@ class Denoiser:
         source = config.base if stage == "denoise" else config.refiner
         settings = config.base_denoiser if stage == "denoise" else config.refiner_denoiser
         assert source is not None
-        folder = checkpoint.locate(source, ("unet", "scheduler"))
-        checkpoint.check(folder, ("unet", "scheduler"), "base" if stage == "denoise" else "refiner")
+        components = ("unet", "scheduler")
+        folder = locate(source, components, configs=("text_encoder", "text_encoder_2"))
+        check(folder, components, "base" if stage == "denoise" else "refiner")
         self._denoiser = UNetDenoiser(folder, prepare(config, settings), settings.trace)
+        self._denoiser.dry_run()
         self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
             self._denoiser,
             scheduler_for(settings, Budget(settings.max_batch_rows, settings.max_batch_pixels)),

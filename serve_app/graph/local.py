@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.config.serve_file import ServeConfig
-from serve_app.models.checkpoint import check_sources
+from serve_app.models.check import check_sources
 from serve_app.request.errors import ConfigurationError
 
 

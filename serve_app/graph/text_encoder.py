@@ -11,7 +11,8 @@ from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
-from serve_app.models import checkpoint
+from serve_app.models.check import check
+from serve_app.models.checkpoint import locate
 from serve_app.runtime.micro_batch import MicroBatcher, SharedCache
 from serve_app.runtime.scheduling import Budget, scheduler_for
 from serve_app.runtime.tasks import Conditioning, EncodeTask
@@ -29,14 +30,15 @@ class TextEncoder:
         from serve_app.models.encode import TextEncoders
 
         components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        base = checkpoint.locate(config.base, components)
-        checkpoint.check(base, components)
+        base = locate(config.base, components)
+        check(base, components)
         refiner = None
         if config.refiner is not None:
             components = ("text_encoder_2", "tokenizer_2")
-            refiner = checkpoint.locate(config.refiner, components)
-            checkpoint.check(refiner, components, "refiner")
+            refiner = locate(config.refiner, components)
+            check(refiner, components, "refiner")
         self._encoders = TextEncoders(base, refiner, prepare(config, config.text_encoder))
+        self._encoders.dry_run()
         self._batcher: MicroBatcher[TextJob, TextEmbedding] = MicroBatcher(
             self._encoders.embed,
             scheduler_for(config.text_encoder, Budget(config.text_encoder.max_batch_size)),

@@ -10,7 +10,8 @@ from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
 from serve_app.graph.replica import identity, prepare, working
-from serve_app.models import checkpoint
+from serve_app.models.check import check
+from serve_app.models.checkpoint import locate
 from serve_app.request.errors import PictureFailed
 from serve_app.runtime.micro_batch import MicroBatcher
 from serve_app.runtime.scheduling import Budget, scheduler_for
@@ -28,9 +29,10 @@ class VaeDecoder:
         from serve_app.models.decode import Decoder
         from serve_app.models.device import is_context_broken
 
-        source = checkpoint.locate(config.vae or config.base, ("vae",))
-        checkpoint.check(source, ("vae",))
+        source = locate(config.vae or config.base, ("vae",))
+        check(source, ("vae",))
         self._decoder = Decoder(source, prepare(config, config.vae_decoder))
+        self._decoder.dry_run()
         self._batcher: MicroBatcher[Floats, Bytes | PictureFailed] = MicroBatcher(
             self._decoder.decode,
             scheduler_for(

@@ -1,20 +1,16 @@
-"""Checkpoints in diffusers' folder layout: found, checked, and loaded a component at a time.
-
-Only safetensors are read. A folder is checked without reading a weight: file sizes and headers tell a
-missing or broken file, the configurations tell components that don't fit each other.
-"""
+"""Checkpoints in diffusers' folder layout: where they are, and which files of theirs are read. Loads no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from serve_app.config.settings import AppConfig, ModelSource
+from serve_app.config.settings import ModelSource
+from serve_app.models.files import Entry, is_dangling, one_line, read_header, read_json
 from serve_app.request.errors import ConfigurationError
 
 Role = Literal["base", "refiner"]
@@ -38,6 +34,7 @@ class Checkpoint:
 
     folder: Path
     variant: str | None
+    hub: str = ""  # what it was fetched from; "" for a folder
 
     def path(self, component: str) -> Path:
         """A component's folder. A VAE published alone lies at the top."""
@@ -47,25 +44,69 @@ class Checkpoint:
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's configuration. Raises `ConfigurationError` where there is none."""
-        return _read_json(
+        return read_json(
             self.path(component) / ("scheduler_config.json" if component == "scheduler" else "config.json")
         )
 
     def model_index(self) -> dict[str, Any]:
-        return _read_json(self.folder / "model_index.json")
+        return read_json(self.folder / "model_index.json")
+
+    def variant_of(self, component: str) -> str | None:
+        """The variant of a component's weights: the checkpoint's, or the full ones where only others have it.
+
+        So diffusers does. A variant that no component has is a mistake: then it stands, and its file is missing.
+        """
+        if self.variant is None or self.has(component, self.variant) or not self.has(component, None):
+            return self.variant
+        return None if any(self.has(other, self.variant) for other in _WEIGHTS_STEM) else self.variant
+
+    def has(self, component: str, variant: str | None) -> bool:
+        """Whether a component's weights are there in a variant; None is the full ones. Others need none."""
+        if component not in _WEIGHTS_STEM:
+            return self.path(component).is_dir()
+        return any(path.is_file() or is_dangling(path) for path in self._candidates(component, variant))
 
     def weights(self, component: str) -> Path:
         """A component's weights: one safetensors file, or the index of several."""
-        stem, middle = _WEIGHTS_STEM[component], f".{self.variant}" if self.variant else ""
+        candidates = self._candidates(component, self.variant_of(component))
+        for path in candidates:
+            if path.is_file():
+                return path
+            if is_dangling(path):
+                read_header(path)  # raises, and says so
         folder = self.path(component)
-        for name in (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"):
-            if (folder / name).is_file():
-                return folder / name
-        other = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".safetensors"))
-        raise ConfigurationError(
-            f"{folder}: no {stem}{middle}.safetensors"
-            + (f"; there is {', '.join(other)}, and only safetensors of the given variant are read" if other else "")
+        whole, index = sorted((path.name for path in candidates), key=len)
+        other = sorted(
+            path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".safetensors")
         )
+        if any("-00001-of-" in name and name.endswith(".safetensors") for name in other):
+            reason = f"; there are shards, {', '.join(other[:2])}, but no {index} that lists them"
+        elif other:
+            reason = f"; there is {', '.join(other)}, and only safetensors of the given variant are read"
+        else:
+            reason = self.not_given
+        raise ConfigurationError(f"{folder}: no {whole}{reason}")
+
+    def header(self, component: str) -> dict[str, Entry]:
+        """The tensors of a component's weights, of all its files. Raises `ConfigurationError` where one isn't whole."""
+        path = self.weights(component)
+        if path.suffix != ".json":
+            return read_header(path)
+        header: dict[str, Entry] = {}
+        listed = _weight_map(path)
+        for file in _weight_files(path):
+            if not file.is_file() and not is_dangling(file):
+                raise ConfigurationError(f"{file}: missing, though {path.name} lists it")
+            held = read_header(file)
+            for name in (name for name, place in listed.items() if place == file.name and name not in held):
+                raise ConfigurationError(f"{file}: has no {name}, though {path.name} says so")
+            header |= held
+        return header
+
+    @property
+    def not_given(self) -> str:
+        """What to add where a file is missing: who else was asked for it."""
+        return f"; neither the hub nor this machine's cache gave it of {self.hub}" if self.hub else ""
 
     def digest(self, components: Iterable[str]) -> str:
         """A hash over what the components compute with: equal digests are equal weights, settings and vocabularies.
@@ -82,212 +123,101 @@ class Checkpoint:
             for path in sorted(paths):
                 hasher.update(path.name.encode() + b"\0")
                 if path.name in ("config.json", "tokenizer_config.json"):
-                    kept = {name: value for name, value in _read_json(path).items() if name not in _PROVENANCE}
+                    kept = {name: value for name, value in read_json(path).items() if name not in _PROVENANCE}
                     hasher.update(json.dumps(kept, sort_keys=True).encode())
                     continue
                 with path.open("rb") as file:
                     hasher.update(hashlib.file_digest(file, "sha256").digest())
         return hasher.hexdigest()
 
+    def _candidates(self, component: str, variant: str | None) -> tuple[Path, ...]:
+        """Where a component's weights may lie, in the order that its library looks."""
+        stem, middle = _WEIGHTS_STEM[component], _middle(variant)
+        whole, index = f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json"
+        # Where both are there, diffusers takes the index and transformers the file.
+        names = (index, whole) if stem == "diffusion_pytorch_model" else (whole, index)
+        return tuple(self.path(component) / name for name in names)
 
-def locate(source: ModelSource, components: Sequence[str]) -> Checkpoint:
-    """The folder of a checkpoint. Of a hub id only the named components are fetched, safetensors only."""
+
+def locate(source: ModelSource, components: Sequence[str], configs: Sequence[str] = ()) -> Checkpoint:
+    """The folder of a checkpoint. Of a hub id only the named components are fetched, safetensors only.
+
+    `configs`: components whose configurations alone are fetched, to check that the others fit them. Raises
+    `ConfigurationError` where the hub gives nothing and the cache holds nothing of it.
+    """
     if source.folder is not None:
         return Checkpoint(source.folder, source.variant)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    checkpoint = Checkpoint(_fetch(source, components, configs, source.variant), source.variant, str(source))
+    weighted = [component for component in components if component in _WEIGHTS_STEM]
+    full = [component for component in weighted if not checkpoint.has(component, source.variant)]
+    if source.variant is None or not full or not _has_variant(source, checkpoint):
+        return checkpoint
+    _fetch(source, full, (), None)  # as diffusers does where a variant is published for some components only
+    return checkpoint if len(full) < len(weighted) else Checkpoint(checkpoint.folder, None, str(source))
 
-    middle = f".{source.variant}" if source.variant else ""
-    patterns = ["model_index.json"]
+
+def _fetch(source: ModelSource, components: Sequence[str], configs: Sequence[str], variant: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    middle = _middle(variant)
+    patterns = ["model_index.json", *(f"{component}/config.json" for component in configs)]
     for component in components:
         patterns += [f"{component}/*.json", f"{component}/*.txt"]
         if component in _WEIGHTS_STEM:
             stem = _WEIGHTS_STEM[component]
             patterns += [f"{component}/{stem}{middle}.safetensors", f"{component}/{stem}{middle}-*.safetensors"]
+            patterns += [f"{component}/{stem}-*-of-*{middle}.safetensors"]  # shards' other spelling
         if component == "vae":
             patterns += ["config.json", f"diffusion_pytorch_model{middle}.safetensors"]
     assert source.hub_id is not None
     try:
-        folder = snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigurationError(f"{source}: can't be fetched from the hub: {reason}") from None
-    return Checkpoint(Path(folder), source.variant)
+        return Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError:
+        raise ConfigurationError(f"{source}: not in this machine's cache, and the hub can't be reached") from None
+    except (OSError, ValueError) as error:  # huggingface_hub's own are among them
+        raise ConfigurationError(f"{source}: can't be fetched from the hub: {_hub_reason(error)}") from None
 
 
-def check(checkpoint: Checkpoint, components: Sequence[str], role: Role = "base") -> None:
-    """Raises `ConfigurationError`, one line, where a component is missing, broken or doesn't fit its role."""
-    folder = checkpoint.folder
-    if not folder.is_dir():
-        raise ConfigurationError(f"{folder}: no such folder")
-    for component in components:
-        if not checkpoint.path(component).is_dir():
-            raise ConfigurationError(f"{folder}: no {component} folder")
-        if component.startswith("tokenizer"):
-            _check_tokenizer(checkpoint.path(component))
-            continue
-        config = checkpoint.config(component)
-        if component == "scheduler":
-            continue
-        _check_weights(checkpoint.weights(component))
-        if component == "unet":
-            _check_unet(checkpoint, config, role)
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: its terms must be accepted, and HF_TOKEN set"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private and HF_TOKEN is not set"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    return one_line(error)
 
 
-def check_sources(config: AppConfig, *, missing_ok: bool = False) -> None:
-    """Checks the local folders of a configuration; a hub id is checked by the replica that fetches it.
+def _has_variant(source: ModelSource, checkpoint: Checkpoint) -> bool:
+    """Whether any component of a hub's checkpoint has weights of the given variant."""
+    from huggingface_hub import HfApi
 
-    With `missing_ok` a folder that is not on this machine passes: a head node has no model volume.
-    """
-    base_components = tuple(c for c in BASE_COMPONENTS if c != "vae" or config.vae is None)
-    sources: list[tuple[ModelSource | None, tuple[str, ...], Role]] = [
-        (config.base, base_components, "base"),
-        (config.refiner, REFINER_COMPONENTS, "refiner"),
-        (config.vae, ("vae",), "base"),
-    ]
-    for source, components, role in sources:
-        if source is None or source.folder is None or (missing_ok and not source.folder.exists()):
-            continue
-        check(locate(source, components), components, role)
+    if any(checkpoint.has(component, source.variant) for component in _WEIGHTS_STEM):
+        return True
+    assert source.hub_id is not None
+    try:
+        names = HfApi().list_repo_files(source.hub_id, revision=source.revision)
+    except (OSError, ValueError):  # without the hub, what the cache holds decides
+        return False
+    return any(f"{_middle(source.variant)}." in name and name.endswith(".safetensors") for name in names)
 
 
-def _check_tokenizer(folder: Path) -> None:
-    if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise ConfigurationError(f"{folder}: no {name}")
+def _middle(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(place, str) for place in listed.values()):
+        raise ConfigurationError(f"{index}: has no weight_map of names to files")
+    return listed
 
 
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files behind `Checkpoint.weights`: itself, or what an index lists."""
     if path.suffix != ".json":
         return [path]
-    return [path.parent / name for name in sorted(set(_read_json(path).get("weight_map", {}).values()))]
-
-
-def _check_weights(path: Path) -> None:
-    for file in _weight_files(path):
-        if not file.is_file():
-            raise ConfigurationError(f"{file}: missing, though {path.name} lists it")
-        _check_safetensors(file)
-
-
-def _check_safetensors(path: Path) -> None:
-    # Format: 8 bytes little-endian header length, a JSON header with every tensor's byte range, the data.
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        try:
-            if 8 + length > size:
-                raise ValueError
-            header = json.loads(file.read(length))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigurationError(f"{path}: not a safetensors file, or cut short") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ConfigurationError(f"{path}: {size} bytes where its header says {expected}: an incomplete copy")
-
-
-def _check_unet(checkpoint: Checkpoint, unet: dict[str, Any], role: Role) -> None:
-    where = checkpoint.path("unet")
-    if unet.get("addition_embed_type") != "text_time" or unet.get("in_channels") != 4:
-        raise ConfigurationError(f"{where}: not an SDXL text-to-image UNet (text_time, 4 latent channels)")
-    if unet.get("time_cond_proj_dim") is not None:
-        raise ConfigurationError(f"{where}: guidance-distilled UNets (time_cond_proj_dim) are not served")
-    encoders = ("text_encoder", "text_encoder_2") if role == "base" else ("text_encoder_2",)
-    if not all((checkpoint.path(name) / "config.json").is_file() for name in encoders):
-        return  # a denoiser fetches its UNet alone; the encoders are the text encoder's to check
-    configs = [checkpoint.config(name) for name in encoders]
-    width = sum(config["hidden_size"] for config in configs)
-    if unet.get("cross_attention_dim") not in (width, [width]):
-        raise ConfigurationError(
-            f"{where}: expects text embeddings {unet.get('cross_attention_dim')} wide, a {role}'s "
-            f"{' and '.join(encoders)} give {width}"
-        )
-    scored = role == "refiner" and checkpoint.model_index().get("requires_aesthetics_score", False)
-    time_ids = 5 if scored else 6
-    needed = configs[-1]["projection_dim"] + time_ids * unet.get("addition_time_embed_dim", 0)
-    if unet.get("projection_class_embeddings_input_dim") != needed:
-        raise ConfigurationError(
-            f"{where}: expects {unet.get('projection_class_embeddings_input_dim')} added values where the pooled text "
-            f"and {time_ids} time ids give {needed} (requires_aesthetics_score is {bool(scored)})"
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: missing") from None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: not a JSON object")
-    return content
-
-
-# Loading. Each imports what it needs alone: a replica starts with one component's code and weights.
-
-
-def load_unet(checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The UNet, in eval mode on the CPU."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return _load_diffusers(UNet2DConditionModel, checkpoint, "unet", dtype)
-
-
-def load_vae(checkpoint: Checkpoint, dtype: Any) -> Any:
-    """The VAE, in eval mode on the CPU."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return _load_diffusers(AutoencoderKL, checkpoint, "vae", dtype)
-
-
-def load_scheduler(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own scheduler."""
-    import diffusers.schedulers
-
-    # As diffusers' pipelines do: of the class that model_index.json names, whichever saved the configuration.
-    _, named = checkpoint.model_index().get("scheduler") or (None, None)
-    name = named or checkpoint.config("scheduler").get("_class_name", "")
-    scheduler_class = getattr(diffusers.schedulers, name, None)
-    if scheduler_class is None:
-        raise ConfigurationError(f"{checkpoint.folder / 'scheduler'}: diffusers has no scheduler {name!r}")
-    return scheduler_class.from_pretrained(checkpoint.path("scheduler"), local_files_only=True)
-
-
-def load_text_encoder(checkpoint: Checkpoint, component: str, dtype: Any) -> Any:
-    """A CLIP text encoder, in eval mode on the CPU."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    encoder_class = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
-    checkpoint.weights(component)  # raises where transformers would say it at length
-    model = encoder_class.from_pretrained(
-        checkpoint.path(component),
-        dtype=dtype,
-        variant=checkpoint.variant,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    return model.eval().requires_grad_(False)
-
-
-def load_tokenizer(checkpoint: Checkpoint, component: str) -> Any:
-    """A CLIP tokenizer."""
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(checkpoint.path(component), local_files_only=True)
-
-
-def _load_diffusers(model_class: Any, checkpoint: Checkpoint, component: str, dtype: Any) -> Any:
-    checkpoint.weights(component)
-    model = model_class.from_pretrained(
-        checkpoint.path(component),
-        torch_dtype=dtype,
-        variant=checkpoint.variant,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    return model.eval().requires_grad_(False)
+    return [path.parent / name for name in sorted(set(_weight_map(path).values()))]

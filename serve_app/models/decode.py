@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from serve_app.models import checkpoint
+from serve_app.models import loading
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute
-from serve_app.request.errors import PictureFailed
+from serve_app.models.files import refusing
+from serve_app.request.errors import ConfigurationError, PictureFailed
 from serve_app.request.facts import DecoderFacts
 
 logger = logging.getLogger("ray.serve")
@@ -31,19 +32,35 @@ class Decoder:
     """
 
     def __init__(self, source: Checkpoint, compute: Compute) -> None:
-        self._vae = checkpoint.load_vae(source, compute.dtype)
+        self._vae = loading.load_vae(source, compute.dtype)
         if compute.dtype == torch.float16 and self._vae.config.force_upcast:
             self._vae = self._vae.float()
         # Convolutions of few pictures are a quarter quicker so.
         self._vae.to(compute.device, memory_format=torch.channels_last)
         self._device = compute.device
         self.float32_retries = 0
-        self.facts = DecoderFacts(self._fit_preview_map())
+        self._folder = source.path("vae")
+        with refusing(f"{self._folder}: encoding a few colours"):
+            self.facts = DecoderFacts(self._fit_preview_map())
 
     @property
     def scale_factor(self) -> int:
         """Pixels of a picture's side that one latent covers."""
         return int(2 ** (len(self._vae.config.block_out_channels) - 1))
+
+    def dry_run(self, side: int | None = None) -> None:
+        """Decodes latents of nothing, `side` a side, so that what would fail a request fails the replica as it starts.
+
+        Absent, the side is the checkpoint's own on a GPU, whose kernels are loaded and chosen by it, and small on the
+        CPU. Raises `ConfigurationError`, one line.
+        """
+        with refusing(f"{self._folder}: a dry run"):
+            if side is None:
+                side = 8 if self._device.type == "cpu" else max(self._vae.config.sample_size // self.scale_factor, 8)
+            channels = self._vae.config.latent_channels
+            (pixels,) = self.decode([np.zeros((channels, side, side), dtype=np.float32)])
+            if isinstance(pixels, PictureFailed):
+                raise ConfigurationError(f"{self._folder}: its pictures are not finite, in float32 either")
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Floats]) -> list[Bytes | PictureFailed]:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from serve_app.models import checkpoint
+from serve_app.models import loading
 from serve_app.models.backends.eager import Eager
 from serve_app.models.backends.rows import Backend, Rows
 from serve_app.models.backends.traced import Traced
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute, is_context_broken
+from serve_app.models.files import refusing
 from serve_app.models.sampling import (
     Scheduler,
     draw_noise,
@@ -28,11 +29,12 @@ from serve_app.models.sampling import (
     make_step,
     predicted_original,
     take_timesteps,
+    try_out,
 )
-from serve_app.request.errors import InvalidRequest
+from serve_app.request.errors import ConfigurationError, InvalidRequest
 from serve_app.request.facts import DenoiserFacts, NoiseSchedule
 from serve_app.runtime.scheduling import Job
-from serve_app.runtime.tasks import DenoiseTask, Latents, Noise, Noised, Stay
+from serve_app.runtime.tasks import DenoiseTask, Latents, Noise, Noised, StageConditioning, Stay
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Floats
@@ -65,12 +67,14 @@ class Denoiser:
     def __init__(self, source: Checkpoint, compute: Compute, trace: Literal["auto", True, False] = "auto") -> None:
         """`trace` is that of `DenoiserConfig`. Raises `ConfigurationError` where the UNet can't be traced."""
         self._compute = compute
-        self._unet = checkpoint.load_unet(source, compute.dtype).to(compute.device)
-        self._native_scheduler = checkpoint.load_scheduler(source)
+        self._unet = loading.load_unet(source, compute.dtype).to(compute.device)
+        self._native_scheduler = loading.load_scheduler(source)
+        self._source = source
         self.takes_aesthetic_score = bool(source.model_index().get("requires_aesthetics_score", False))
         self._backend: Backend = Eager(self._unet)
         if trace is True or (trace == "auto" and compute.device.type == "cpu"):
-            self._backend = Traced(self._unet, compute, time_ids=5 if self.takes_aesthetic_score else 6)
+            with refusing(f"{source.path('unet')}: its first pass"):
+                self._backend = Traced(self._unet, compute, time_ids=5 if self.takes_aesthetic_score else 6)
         # SDXL's pipelines take the factor from the VAE; a denoiser has none to ask and SDXL's is 8.
         self.scale_factor = 8
 
@@ -87,6 +91,46 @@ class Denoiser:
                 own_sigmas=any(config.get(name) for name in _OWN_SIGMAS),
             ),
             takes_aesthetic_score=self.takes_aesthetic_score,
+        )
+
+    def dry_run(self, size_px: int | None = None) -> None:
+        """Draws one step of nothing, guided and not, so that what would fail a request fails the replica as it starts.
+
+        `size_px`: a side of the picture; absent, the checkpoint's own on a GPU, whose kernels are loaded and chosen by
+        it, and the smallest on the CPU. Raises `ConfigurationError`, one line that names the component.
+        """
+        with refusing(self._source.path("scheduler")):
+            steps = try_out(self._native_scheduler)
+        with refusing(f"{self._source.path('unet')}: a dry step"):
+            if size_px is None:
+                smallest = max(8, 2 ** (self._unet.num_upsamplers + 1)) * self.scale_factor
+                size_px = smallest if self._compute.device.type == "cpu" else self.facts.native_size_px
+            for guidance_scale in (5.0, 1.0):
+                state = self.begin(self._task_of_nothing(size_px, steps, guidance_scale))
+                self.advance(state, self.forward([state])[0])
+                if not np.isfinite(self.finish(state, Stay()).samples).all():
+                    raise ConfigurationError(f"{self._source.path('unet')}: its prediction is not finite")
+
+    def _task_of_nothing(self, size_px: int, steps: int, guidance_scale: float) -> DenoiseTask:
+        config = self._unet.config
+        time_ids = 5 if self.takes_aesthetic_score else 6
+        width = config.cross_attention_dim
+        text = np.zeros((77, width if isinstance(width, int) else width[0]), dtype=np.float32)
+        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+        vector = np.zeros(pooled, dtype=np.float32)
+        return DenoiseTask(
+            id="dry run",
+            conditioning=StageConditioning(text, vector, text, vector),
+            start=Noise(0),
+            width=size_px,
+            height=size_px,
+            scheduler=None,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=0.0,
+            eta=0.0,
+            time_ids=(float(size_px),) * time_ids,
+            negative_time_ids=(float(size_px),) * time_ids,
         )
 
     @torch.inference_mode()

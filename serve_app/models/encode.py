@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from serve_app.models import checkpoint
+from serve_app.models import loading
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute
+from serve_app.models.files import refusing
+from serve_app.request.errors import ConfigurationError
 from serve_app.request.facts import TextFacts
 from serve_app.runtime.tasks import Conditioning, EncodeTask, StageConditioning
 
@@ -47,6 +50,7 @@ class TextEmbedding:
 
 @dataclass(frozen=True)
 class _Encoder:
+    folder: Path
     tokenizer: Any
     model: Any
 
@@ -77,10 +81,25 @@ class TextEncoders:
                 self._encoders["refiner_text_encoder_2"] = self._load(refiner, "text_encoder_2", "tokenizer_2")
             self._refiner_zeroes_missing_negative = _zeroes_missing_negative(refiner)
 
+    def dry_run(self) -> None:
+        """Encodes a short text and one that is too long with each encoder, so that what would fail a request fails the
+        replica as it starts.
+
+        Raises `ConfigurationError`, one line that names the encoder's folder.
+        """
+        for name, encoder in self._encoders.items():
+            with refusing(f"{encoder.folder}: a dry run"):
+                too_long = "a " * encoder.tokenizer.model_max_length
+                jobs = [TextJob(name, "a"), TextJob(name, too_long, clip_skip=encoder.clip_skip_max)]
+                for embedding in self.embed(jobs):
+                    if not np.isfinite(embedding.hidden).all():
+                        raise ConfigurationError(f"{encoder.folder}: its embeddings are not finite")
+
     def _load(self, source: Checkpoint, model: str, tokenizer: str) -> _Encoder:
         return _Encoder(
-            checkpoint.load_tokenizer(source, tokenizer),
-            checkpoint.load_text_encoder(source, model, self._compute.dtype).to(self._compute.device),
+            source.path(model),
+            loading.load_tokenizer(source, tokenizer),
+            loading.load_text_encoder(source, model, self._compute.dtype).to(self._compute.device),
         )
 
     @property

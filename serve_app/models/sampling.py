@@ -15,7 +15,7 @@ import diffusers.schedulers
 import torch
 
 from serve_app.request.schedulers import BY_CLASS, BY_NAME
-from serve_app.runtime.tasks import Noise, Noised, Resumed, Span, Start
+from serve_app.runtime.tasks import WHOLE, Noise, Noised, Resumed, Span, Start
 
 Scheduler = Any  # diffusers' schedulers share no useful base class
 
@@ -26,6 +26,29 @@ def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
         return copy.deepcopy(native)
     row = BY_NAME[name]
     return getattr(diffusers.schedulers, row.diffusers_class).from_config(native.config, **row.arguments)
+
+
+def try_out(native: Scheduler) -> int:
+    """Takes the checkpoint's own scheduler through a trajectory of nothing; raises what it raises.
+
+    Returns a number of steps that it takes: distilled models' schedulers refuse more than they were made for.
+    """
+    first: ValueError | None = None
+    for steps in (10, 4, 2, 1):
+        scheduler = make_scheduler(native, None)
+        try:
+            scheduler.set_timesteps(steps, device="cpu")
+        except ValueError as error:
+            first = first or error
+            continue
+        step = make_step(scheduler, torch.Generator("cpu").manual_seed(0), eta=0.0)
+        latents = torch.ones(1, 4, 8, 8) * scheduler.init_noise_sigma
+        for timestep in take_timesteps(scheduler, Noise(0), WHOLE):
+            model_input = scheduler.scale_model_input(latents, timestep)
+            latents = step(torch.zeros_like(model_input), timestep, latents)[0]
+        return steps
+    assert first is not None
+    raise first
 
 
 def draw_noise(generator: torch.Generator, width: int, height: int, channels: int, factor: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.config.settings import AppConfig, SchedulingConfig
 from serve_app.models import checkpoint
+from serve_app.models.check import check_sources
 from serve_app.pictures.files import encode_image
 from serve_app.planning.command import parse_size
 from serve_app.planning.passes import WARM_UP, load_denoiser, neighbours, time_passes, walk
@@ -149,7 +150,7 @@ class _Measurement:
         self._config = config
         self._settings = settings
         self._bar = bar
-        checkpoint.check_sources(config)
+        check_sources(config)
         names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         refiner = None if config.refiner is None else checkpoint.locate(config.refiner, names[1::2])
         self._encoders = TextEncoders(

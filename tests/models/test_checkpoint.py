@@ -14,17 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from serve_app.config.settings import parse_config
 from serve_app.graph.build import build_app
-from serve_app.models.checkpoint import (
-    BASE_COMPONENTS,
-    REFINER_COMPONENTS,
-    Checkpoint,
-    check,
-    check_sources,
-    load_scheduler,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-)
+from serve_app.models.check import check, check_sources
+from serve_app.models.checkpoint import BASE_COMPONENTS, REFINER_COMPONENTS, Checkpoint
+from serve_app.models.loading import load_scheduler, load_text_encoder, load_unet, load_vae
 from serve_app.request.errors import ConfigurationError
 
 

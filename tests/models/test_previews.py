@@ -16,9 +16,10 @@ from PIL import Image
 from serve_app.config.settings import DEMO_FOLDER
 from serve_app.demo.grammar import sample_scenes
 from serve_app.demo.training.data import draw_sample, to_tensor
-from serve_app.models.checkpoint import Checkpoint, load_scheduler
+from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.decode import Decoder
 from serve_app.models.denoise import Denoiser
+from serve_app.models.loading import load_scheduler
 from serve_app.models.sampling import make_scheduler, predicted_original, take_timesteps
 from serve_app.pictures.files import encode_preview
 from serve_app.request.schedulers import NAMES

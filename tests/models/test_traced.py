@@ -12,9 +12,10 @@ from serve_app.config.settings import DEMO_FOLDER
 from serve_app.models.backends.eager import Eager
 from serve_app.models.backends.rows import Rows
 from serve_app.models.backends.traced import Traced
-from serve_app.models.checkpoint import Checkpoint, load_unet
+from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
+from serve_app.models.loading import load_unet
 from serve_app.request.errors import ConfigurationError
 
 # rows, latent height and width, tokens: one row, many, beyond the 64 where diffusers copies, small, large, wide, long
