@@ -33,7 +33,7 @@ from serve_app.models.denoise import Denoiser
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
 from serve_app.request.errors import ConfigurationError
-from serve_app.runtime.tasks import DenoiseTask, EncodeTask, Stay
+from serve_app.runtime.tasks import DenoiseTask, EncodeTask, Noise, Stay
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32)
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -755,7 +755,7 @@ def draw(parts: Parts, steps: int) -> np.ndarray:
     done = {role: parts.encoders.embed([job])[0] for role, job in jobs.items()}
     conditioning = parts.encoders.assemble(encode, done).base
     ids = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)
-    task = DenoiseTask("t", conditioning, 1, 64, 64, None, steps, 5.0, 0.0, 0.0, ids, ids)
+    task = DenoiseTask("t", conditioning, Noise(1), 64, 64, None, steps, 5.0, 0.0, 0.0, ids, ids)
     state = parts.denoiser.begin(task)
     while state.index < len(state.timesteps):
         parts.denoiser.advance(state, parts.denoiser.forward([state])[0])
