@@ -237,9 +237,12 @@ async def test_only_the_body_is_in_a_hurry() -> None:
     ("name", "value"),
     [
         *(("x-request-disconnect-disabled", value) for value in ("?1", "?0", "", "1")),
-        *(("X-Request-Timeout-Seconds", value) for value in ("0", "-1", "nan", "inf", "600.5", "1e9", "", "soon", "-0.0")),
+        *(
+            ("X-Request-Timeout-Seconds", value)
+            for value in ("0", "-1", "nan", "inf", "600.5", "1e9", "", "soon", "-0.0")
+        ),
     ],
-)  # fmt: skip
+)
 async def test_no_client_lifts_the_operators_limits(name: str, value: str) -> None:
     fake = FakeStages()
     async with a_client(fake) as client:
