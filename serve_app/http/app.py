@@ -19,7 +19,7 @@ from serve_app.formats.openai import routes as openai
 from serve_app.formats.openapi import errors
 from serve_app.formats.stability import routes as stability
 from serve_app.http.conventions import Conventions
-from serve_app.http.docs import add_docs
+from serve_app.http.documents import add_docs
 from serve_app.http.envelopes import envelope_of, error_answer
 from serve_app.http.guard import Cors, OriginGuard, RequestGuard
 from serve_app.http.info import ServiceInfo, service_info
