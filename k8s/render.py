@@ -3,8 +3,9 @@
     python k8s/render.py           writes the files
     python k8s/render.py --check   writes nothing; ends non-zero where a file is not what it should be
 
-A configuration reaches a RayService's serveConfigV2 as it stands in configs/, but for two things that
-Kubernetes needs: proxies listen on all addresses of their pod, and on every node that has replicas.
+A configuration reaches a RayService's serveConfigV2 as it stands in configs/, but for three things that
+Kubernetes needs: proxies listen on all addresses of their pod, and on every node that has replicas; and requests may
+come under any name.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def serve_config(name: str) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text())
     config["proxy_location"] = "EveryNode"  # with HeadOnly no worker ever becomes ready
     config["http_options"] = {**config.get("http_options", {}), "host": "0.0.0.0"}
+    for application in config["applications"]:
+        # Service and gateway have names of the cluster's own; names that the file gives stand.
+        application["args"]["http"] = {"allowed_hosts": ["*"], **application["args"].get("http", {})}
     return config
 
 

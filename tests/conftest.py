@@ -59,6 +59,7 @@ def serve_config(tiny: Path) -> ServeConfig:
     content: dict[str, Any] = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
     args = content["applications"][0]["args"]
     args["base"], args["refiner"] = {"path": str(tiny / "base")}, {"path": str(tiny / "refiner")}
+    args["http"] = {"body_timeout_s": 3.0, "cors_origins": ["https://app.example.com"]}
     return check_serve_config(content)
 
 

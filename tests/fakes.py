@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serve_app.config.settings import AppConfig
+from serve_app.config.settings import AppConfig, HttpConfig
 from serve_app.request.facts import DecoderFacts, DenoiserFacts, ModelFacts, TextFacts
 from serve_app.request.limits import Limits
 from serve_app.runtime.pipeline import OnStep, Stages
@@ -120,5 +120,8 @@ class FakeStages:
         return Latents(samples, np.zeros(1, np.uint8), steps)
 
 
-def service(stages: FakeStages, facts: ModelFacts = FACTS, **limits: int) -> ImageService:
-    return ImageService(AppConfig(limits=Limits(**limits)), facts, stages.stages())
+def service(
+    stages: FakeStages, facts: ModelFacts = FACTS, http: HttpConfig | None = None, **limits: int
+) -> ImageService:
+    config = AppConfig(limits=Limits(**limits), http=http or HttpConfig())
+    return ImageService(config, facts, stages.stages())

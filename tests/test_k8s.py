@@ -170,7 +170,7 @@ def test_check_names_what_a_change_made_stale(
 
 
 @every_variant
-def test_the_serve_configuration_is_the_file_but_for_address_and_proxies(variant: str) -> None:
+def test_the_serve_configuration_is_the_file_but_for_address_proxies_and_hosts(variant: str) -> None:
     rendered = serve_config(variant)
     ServeDeploySchema.model_validate(rendered)
     check_serve_config(rendered)
@@ -180,6 +180,7 @@ def test_the_serve_configuration_is_the_file_but_for_address_and_proxies(variant
     for content in (config, rendered):
         del content["http_options"]["host"]
         content.pop("proxy_location", None)
+    assert rendered["applications"][0]["args"].pop("http") == {"allowed_hosts": ["*"]}
     assert rendered == config
 
 

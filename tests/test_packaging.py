@@ -22,7 +22,8 @@ def test_the_wheel_holds_all_that_is_shipped(tmp_path: Path) -> None:
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"serve_app/configs/{config.name}" in names
     demo = ROOT / "serve_app" / "demo"
-    page = [path for path in (ROOT / "serve_app" / "http" / "page").iterdir() if path.is_file()]
+    http = ROOT / "serve_app" / "http"
+    page = [path for name in ("page", "documents") for path in (http / name).iterdir() if path.is_file()]
     profiles = ROOT.glob("serve_app/planning/profiles/*.json")
     code = [path for path in ROOT.glob("serve_app/**/*.py") if demo / "training" not in path.parents]
     for path in [*demo.glob("base/**/*"), *demo.glob("refiner/**/*"), *page, *profiles, *code]:

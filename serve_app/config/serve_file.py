@@ -73,12 +73,14 @@ def check_serve_config(content: Any) -> ServeConfig:
     if application.get("name") != APP_NAME:
         raise ConfigurationError(f"applications.0.name: {application.get('name')!r}, must be {APP_NAME!r}")
     app = parse_config(application.get("args") or {})
+    http_options = dict(content.get("http_options") or {})
+    _check_request_timeout(http_options, app)
     deployments = application.get("deployments") or []
     _check_deployments(deployments, app)
     return ServeConfig(
-        app=app,
+        app=app.listening_on(http_options.get("host")),
         deployments={options["name"]: dict(options) for options in deployments},
-        http_options=dict(content.get("http_options") or {}),
+        http_options=http_options,
         proxy_location=str(content.get("proxy_location") or "EveryNode"),
         route_prefix=application.get("route_prefix", "/"),
         logging_config=application.get("logging_config") or content.get("logging_config") or _QUIET,
@@ -93,6 +95,16 @@ def check_serve_config(content: Any) -> ServeConfig:
             ),
         ),
     )
+
+
+def _check_request_timeout(http_options: dict[str, Any], app: AppConfig) -> None:
+    """What clients may ask for must be what Ray's proxy gives; a replica can't read the proxy's options."""
+    given = http_options.get("request_timeout_s")
+    if given is not None and given != app.http.request_timeout_s:
+        raise ConfigurationError(
+            f"http_options.request_timeout_s is {given:g}, args.http.request_timeout_s {app.http.request_timeout_s:g}: "
+            "they must be equal"
+        )
 
 
 def _check_deployments(deployments: list[dict[str, Any]], app: AppConfig) -> None:

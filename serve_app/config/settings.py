@@ -6,11 +6,12 @@ Everything here is strict: an unknown key is an error that names it.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.request.errors import ConfigurationError, first_fault
 from serve_app.request.limits import Limits
@@ -26,6 +27,10 @@ DEPLOYMENT_OF: dict[StageName, str] = {
     "decode": "VaeDecoder",
 }
 DEPLOYMENTS = (*DEPLOYMENT_OF.values(), "Ingress")
+
+_LABEL = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
+_HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://({_LABEL}(\.{_LABEL})*|\[[0-9a-f:.]+\])(:[0-9]{{1,5}})?", re.ASCII)
 
 PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline", "least_slack"]
 
@@ -118,6 +123,47 @@ class TextEncoderConfig(MicroBatchConfig):
     cache_entries: int = Field(512, ge=0, description="Prompts whose embeddings are kept, each about 0.5 MB.")
 
 
+class HttpConfig(_Strict):
+    """Who may ask over HTTP, and for how long; see `http/guard.py` and docs/security.md."""
+
+    allowed_hosts: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="Names that a request's Host may have besides localhost, addresses, and the name in "
+        "`http_options.host`: `sdxl.example.com`, `*.example.com` for all below it, `*` for any. Others are refused "
+        "(403): a web page can make its own name lead here.",
+    )
+    cors_origins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="Web pages of other origins that may use the service, such as `https://app.example.com`; `*` is "
+        "any page that a user's browser opens. Requests of other pages are refused (403).",
+    )
+    body_timeout_s: float = Field(
+        10.0, ge=0.1, le=3600.0, description="Seconds within which a request's body must have arrived (408)."
+    )
+    request_timeout_s: float = Field(
+        600.0,
+        ge=1.0,
+        description="The most that a client's `x-request-timeout-seconds` may ask for. Where `http_options` has "
+        "`request_timeout_s`, the two must be equal.",
+    )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if host != "*" and not _HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is no host name; they stand without scheme, port and path, in lower case")
+        return hosts
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin such as https://app.example.com, without a path")
+        return origins
+
+
 class AppConfig(_Strict):
     """The whole application."""
 
@@ -135,6 +181,7 @@ class AppConfig(_Strict):
     refiner_denoiser: DenoiserConfig = DenoiserConfig()
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     limits: Limits = Limits()
+    http: HttpConfig = HttpConfig()
     max_ongoing_requests: int = Field(
         512,
         ge=1,
@@ -146,6 +193,14 @@ class AppConfig(_Strict):
     def checkpoints(self) -> str:
         """Equal for two configurations that load the same."""
         return self.model_dump_json(include={"base", "refiner", "vae"})
+
+    def listening_on(self, host: str | None) -> AppConfig:
+        """The same where HTTP is bound to this host: its name, if it is one, is among those allowed."""
+        name = (host or "").lower()
+        if not _HOST.fullmatch(name) or _is_address(name) or name in self.http.allowed_hosts:
+            return self
+        http = self.http.model_copy(update={"allowed_hosts": (*self.http.allowed_hosts, name)})
+        return self.model_copy(update={"http": http})
 
     @model_validator(mode="after")
     def _the_largest_picture_fits_a_batch(self) -> AppConfig:
@@ -172,6 +227,14 @@ class AppConfig(_Strict):
     def _batches_are_not_capped(self) -> AppConfig:
         check_max_ongoing_requests(self, self.max_ongoing_requests, "max_ongoing_requests")
         return self
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def check_max_ongoing_requests(config: AppConfig, value: int, where: str, ingress_replicas: int = 1) -> None:

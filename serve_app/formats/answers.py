@@ -6,8 +6,6 @@ import asyncio
 import json
 import logging
 import math
-import re
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,30 +13,29 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from serve_app.request.errors import BodyTooLarge, InternalError, ServiceError
+from serve_app.pictures.text import json_text
+from serve_app.request.errors import BodyTimeout, BodyTooLarge, InternalError, ServiceError
 from serve_app.request.schema import ImageResult
 
 logger = logging.getLogger("ray.serve")
 
 Envelope = Callable[[ServiceError], dict[str, Any]]
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_MAX_WARNING_CHARS, _MAX_WARNINGS_HEADER = 300, 6_000
+# In the ASGI scope of a GET that came as HEAD: its answer's body goes nowhere.
+HEAD_ONLY = "serve_app.head_only"
+# Bytes. Proxies in front hold all headers of an answer in 4 or 8 KB.
+_MAX_WARNING, _MAX_WARNINGS_HEADER = 250, 990
 
 
 async def answered(request: Request, answer: Callable[[str], Awaitable[Response]], envelope: Envelope) -> Response:
     """Runs a route's work and renders what it raises."""
-    given = request.headers.get("x-request-id")
-    request_id = given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request_id = request.headers["x-request-id"]  # `http/conventions.py` sees to it
     try:
-        response = await answer(request_id)
+        return await answer(request_id)
     except ClientDisconnect:
-        response = Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # nobody is there to read it
     except Exception as error:
-        response = error_response(as_service_error(error, request_id), envelope)
-    if given is None:  # Ray's proxy gives every request an id and puts it on the answer itself
-        response.headers["X-Request-Id"] = request_id
-    return response
+        return error_response(as_service_error(error, request_id), envelope)
 
 
 def as_service_error(error: Exception, request_id: str) -> ServiceError:
@@ -58,9 +55,10 @@ async def json_response(encode: Callable[[], Any]) -> Response:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, decompressed. Raises `BodyTooLarge` as soon as it is known to be larger."""
     too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_bytes:
+    if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
@@ -72,6 +70,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 def error_response(error: ServiceError, envelope: Envelope, headers: Any = None) -> JSONResponse:
     response = JSONResponse(envelope(error), status_code=error.status, headers=dict(headers or {}))
+    if isinstance(error, BodyTimeout):
+        response.headers["Connection"] = "close"  # the rest of the body may still come, and is no request
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     elif error.status >= 500:
@@ -105,13 +105,26 @@ def _slowest(results: Sequence[ImageResult]) -> list[Any]:
 
 
 def _warnings_header(warnings: list[str]) -> str:
+    """A JSON list in ASCII: as many warnings as there is room for, long ones cut."""
     lines: list[str] = []
     left = _MAX_WARNINGS_HEADER
     for line in warnings:
-        cut = line if len(line) <= _MAX_WARNING_CHARS else line[:_MAX_WARNING_CHARS] + " ..."
-        left -= len(json.dumps(cut)) + len(", ")
+        cut = _cut(line)
+        left -= len(json_text(cut)) + len(", ")
         if left < 0:
             lines.append(f"... and {len(warnings) - len(lines)} more")
             break
         lines.append(cut)
-    return json.dumps(lines)
+    return json_text(lines)
+
+
+def _cut(line: str) -> str:
+    """As much of a line as has room in JSON: a character beyond ASCII takes up to 12 bytes there."""
+    if len(json_text(line[: _MAX_WARNING + 1])) <= _MAX_WARNING:
+        return line
+    room = _MAX_WARNING - len('" ..."')
+    for end, character in enumerate(line):
+        room -= len(json_text(character)) - len('""')
+        if room < 0:
+            return line[:end] + " ..."
+    return line

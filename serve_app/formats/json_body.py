@@ -13,9 +13,12 @@ class NotJson(ValueError):
 
 
 def parse_json(body: bytes) -> Any:
-    """Plain data from UTF-8 JSON. NaN and Infinity, which Python's reader lets pass, are no JSON."""
+    """Plain data from UTF-8 JSON, with or without a byte order mark.
+
+    NaN and Infinity, which Python's reader lets pass, are no JSON.
+    """
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_object)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_object)
     except NotJson:
         raise
     except UnicodeDecodeError as error:

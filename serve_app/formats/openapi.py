@@ -8,12 +8,14 @@ Schema = dict[str, Any]
 
 _MEANINGS = {
     400: "The request is wrong: one line says what",
+    403: "Asked by a page of another origin, or under a name that is not this service's",
     404: "No such model",
     406: "`Accept` allows no form that the answer has",
+    408: "The body did not arrive in time, or no answer was there in the time that the request has",
     413: "The body is too large",
-    415: "The Content-Type is not application/json",
+    415: "The Content-Type is not application/json, or the Content-Encoding not gzip",
     500: "A fault of the service, or a picture that is not finite; sending it again does not help",
-    503: "The service is full, or a stage is being replaced: Retry-After says when to come back",
+    503: "The service is full or ends, or a stage is being replaced: Retry-After says when to come back",
 }
 _REQUEST_ID = {"X-Request-Id": {"schema": {"type": "string"}, "description": "The request's id, also in the log."}}
 _PICTURE_HEADERS = _REQUEST_ID | {
@@ -63,4 +65,6 @@ def errors(envelope: Schema, *statuses: int) -> dict[str, Any]:
 
 
 PICTURE_ERRORS = (400, 413, 500, 503)
+# The guard's and the router's, of every route; those of a route that reads a body.
+COMMON_ERRORS, BODY_ERRORS = (400, 403, 408, 500), (413, 415)
 BINARY: Schema = {"type": "string", "format": "binary"}

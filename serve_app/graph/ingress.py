@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
+from serve_app.graph.readiness import Readiness, ask_replica
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
 from serve_app.request.facts import ModelFacts
@@ -40,9 +41,13 @@ class Ingress:
         facts = ModelFacts(text, *denoisers, decoder=decoded, embedded_demo=config.base.path == "embedded:base")
         check_native_size(facts.base.native_size_px, config.limits)
         self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder))
+        handles = {"encode": encoder, "denoise": base, "refine": refiner, "decode": decoder}
+        self._readiness = Readiness(
+            {stage: ask_replica(handle) for stage, handle in handles.items() if handle is not None}
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self._service)
+        return build_http_app(self._service, self._readiness.missing)
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """Draws a request. Raises a `ServiceError`."""
@@ -55,6 +60,13 @@ class Ingress:
         """
         async for event in self._service.stream(request, partial_images=partial_images):
             yield event
+
+    async def drain(self) -> None:
+        """Takes in nothing new from now on, by any way, and is no longer ready; what is under way is finished.
+
+        Of this replica: `handle.broadcast("drain")` reaches all of them.
+        """
+        self._service.drain()
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

@@ -72,7 +72,7 @@ def running(
             serve.start(proxy_location="Disabled")
         try:
             handle = serve.run(
-                build_graph(config.app, config.deployments),
+                build_graph(config.app.listening_on(host), config.deployments),
                 name=APP_NAME,
                 route_prefix=config.route_prefix,
                 logging_config=config.logging_config,

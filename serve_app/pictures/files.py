@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from serve_app import __version__
+from serve_app.pictures.text import escape_controls, json_text
 from serve_app.request.fields import OutputFormat
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def encode_image(
 ) -> bytes:
     """Encodes pixels (H, W, 3) uint8.
 
-    `quality`, 0 to 100, acts on jpeg and webp; `png_texts` are further text chunks of a png.
+    `quality`, 0 to 100, acts on jpeg and webp; `png_texts` are further text chunks of a png, in which control
+    characters but the line feed are escaped.
     """
     from PIL import Image, PngImagePlugin
 
@@ -46,9 +48,9 @@ def encode_image(
     buffer = io.BytesIO()
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
-        text.add_text(PNG_KEY, json.dumps(parameters))
+        text.add_text(PNG_KEY, json_text(parameters))
         for key, value in (png_texts or {}).items():
-            text.add_text(key, value)
+            text.add_text(key, escape_controls(value))
         text.add_text("Software", f"sdxl-serve {__version__}")
         picture.save(buffer, "PNG", pnginfo=text)
     else:
@@ -91,9 +93,9 @@ def read_parameters(data: bytes) -> dict[str, Any] | None:
 
 
 def _exif_json(parameters: dict[str, Any]) -> bytes:
-    text = json.dumps(parameters)
+    text = json_text(parameters)
     if len(text) > _EXIF_MAX_BYTES:
-        text = json.dumps(
+        text = json_text(
             {name: value[:_EXIF_TEXT_CHARS] if isinstance(value, str) else value for name, value in parameters.items()}
         )
     return text.encode("ascii")

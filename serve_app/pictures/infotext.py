@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app import __version__
+from serve_app.pictures.text import escape_controls
 from serve_app.request import timesteps
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import NoiseSchedule
@@ -62,9 +63,9 @@ def infotext(
     read = parse_infotext(plain)
     # The form can't hold every text: it strips lines, and a line may begin with "Negative prompt:".
     if read["Prompt"] != prompt:
-        values["prompt"] = json.dumps(prompt, ensure_ascii=False)
+        values["prompt"] = _json(prompt)
     if (read["Negative prompt"] or None) != negative:
-        values["negative_prompt"] = "none" if negative is None else json.dumps(negative, ensure_ascii=False)
+        values["negative_prompt"] = "none" if negative is None else _json(negative)
     return _text(prompt, negative, values)
 
 
@@ -154,13 +155,14 @@ def _values(
 
 def _own_value(value: Any) -> str:
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _json(value)
     return _quoted(json.dumps(value)) if isinstance(value, list | tuple) else _number(value)
 
 
 def _text(prompt: str, negative: str | None, values: Mapping[str, str]) -> str:
     lines = [prompt, f"{_NEGATIVE} {negative}"] if negative else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())]).strip()
+    text = "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())]).strip()
+    return escape_controls(text)
 
 
 def _read(values: Mapping[str, str], noise_schedule: NoiseSchedule) -> Read:
@@ -209,6 +211,10 @@ def _read_own(name: str, text: str) -> Any:
 
 def _number(value: float) -> str:
     return str(value).removesuffix(".0")
+
+
+def _json(text: str) -> str:
+    return escape_controls(json.dumps(text, ensure_ascii=False))
 
 
 def _quoted(text: str) -> str:

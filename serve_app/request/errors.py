@@ -45,6 +45,13 @@ class InvalidRequest(ServiceError):
     type = "invalid_request_error"
 
 
+class Forbidden(InvalidRequest):
+    """The request comes from where none may come from, whatever it asks."""
+
+    status = 403
+    code = "forbidden"
+
+
 class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
@@ -67,6 +74,21 @@ class NotAcceptable(InvalidRequest):
     code = "not_acceptable"
 
 
+class BodyTimeout(InvalidRequest):
+    """The body did not arrive in time."""
+
+    status = 408
+    code = "body_timeout"
+
+
+class RequestTimeout(ServiceError):
+    """The request took longer than its client or the operator allows."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"
@@ -83,6 +105,21 @@ class Overloaded(ServiceError):
     status = 503
     type = "overloaded_error"
     code = "overloaded"
+
+
+class NotReady(ServiceError):
+    """A stage has no replica that answers."""
+
+    status = 503
+    code = "not_ready"
+
+
+class Draining(ServiceError):
+    """The service ends: it finishes what it has and takes in nothing new. Another one may take it."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "draining"
 
 
 class StageUnavailable(ServiceError):

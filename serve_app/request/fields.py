@@ -74,13 +74,15 @@ class TextFields(FieldGroup):
 
     @field_validator("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
     @classmethod
-    def _is_unicode(cls, text: str | None) -> str | None:
+    def _is_text(cls, text: str | None) -> str | None:
         # A lone surrogate ("\ud800" in JSON) is no text: no tokenizer and no picture file can hold it.
         if text is not None:
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
                 raise ValueError("is not valid Unicode text") from None
+            if "\0" in text:  # ends a text chunk of a picture file
+                raise ValueError("holds a NUL character")
         return text
 
 

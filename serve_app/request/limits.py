@@ -16,7 +16,15 @@ class Limits(BaseModel):
     max_side_px: int = Field(2048, ge=8, multiple_of=8, description="Of a picture's width and height, the most.")
     max_pixels: int = Field(2048 * 1024, ge=64, description="Of a picture, width x height at most.")
     max_steps: int = Field(200, ge=1, le=MAX_STEPS, description="The most num_inference_steps of a request.")
-    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="A larger request body is refused unread (413).")
+    max_body_bytes: int = Field(
+        4 * 2**20,
+        ge=1024,
+        description="A larger request body is refused unread (413): of /score, whose rows are many. Of a compressed "
+        "body both sizes count.",
+    )
+    max_text_body_bytes: int = Field(
+        256 * 1024, ge=1024, description="The same of the routes that take one request in text: all others."
+    )
     max_images_in_flight: int = Field(
         128, ge=1, description="Images one ingress replica takes in at once; beyond it answers 503 with Retry-After."
     )

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serve_app.request.errors import InvalidRequest, Overloaded
+from serve_app.request.errors import Draining, InvalidRequest, Overloaded
 
 _WINDOW_S = 60.0
 _UNKNOWN_RATE_RETRY_S = 5.0
+_DRAINING_RETRY_S = 5.0  # until another replica or service is there
 
 
 class Admission:
@@ -23,6 +24,7 @@ class Admission:
     def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
         self.max_images = max_images
         self.in_flight = 0
+        self.draining = False  # the service ends: what is under way is finished, nothing new is taken in
         self._clock = clock
         self._left: deque[tuple[float, int, float]] = deque()  # when, how many, and the time they took
         self._working_since = 0.0  # the last departure, or the end of an idle time
@@ -30,11 +32,13 @@ class Admission:
 
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
-        """Takes in that many images, or raises `Overloaded` with the seconds to wait."""
+        """Takes in that many images, or raises `Overloaded` or `Draining` with the seconds to wait."""
         if images > self.max_images:
             raise InvalidRequest(
                 f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
             )
+        if self.draining:
+            raise Draining("the service is shutting down; send the request again", retry_after_s=_DRAINING_RETRY_S)
         if self.in_flight + images > self.max_images:
             wait = self.retry_after_s(images)
             raise Overloaded(

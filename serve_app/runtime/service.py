@@ -48,6 +48,19 @@ class ImageService:
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
 
+    @property
+    def draining(self) -> bool:
+        """Whether the service ends, and takes in nothing new."""
+        return self.admission.draining
+
+    def drain(self) -> None:
+        """From now on new requests are refused (`Draining`); those under way are finished."""
+        self.admission.draining = True
+
+    def check(self, request: ImageRequest) -> None:
+        """Raises what is wrong with a request, as `generate` would, and draws nothing."""
+        resolve(request, self.facts, self.config.limits)
+
     async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
         """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
         (result,) = await self.generate_all([request], request_id)

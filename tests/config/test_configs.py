@@ -148,6 +148,27 @@ def test_an_override_that_caps_batches_is_refused() -> None:
     check_serve_config(content)
 
 
+@every_config
+def test_what_clients_may_ask_for_is_what_rays_proxy_gives(name: str) -> None:
+    content = _content(name)
+    content["http_options"]["request_timeout_s"] = 30
+    with pytest.raises(
+        ConfigurationError, match=r"request_timeout_s is 30, args\.http\.request_timeout_s 600: they must"
+    ):
+        check_serve_config(content)
+    content["applications"][0]["args"]["http"] = {"request_timeout_s": 30}
+    assert check_serve_config(content).app.http.request_timeout_s == 30
+    del content["http_options"]["request_timeout_s"]
+    check_serve_config(content)
+
+
+def test_the_name_that_http_is_bound_to_is_allowed() -> None:
+    content = _content("demo.yaml")
+    assert check_serve_config(content).app.http.allowed_hosts == ()
+    content["http_options"]["host"] = "gpubox.lan"
+    assert check_serve_config(content).app.http.allowed_hosts == ("gpubox.lan",)
+
+
 @every_gpu_config
 def test_an_ingress_replica_outlives_its_requests(name: str) -> None:
     timeout_s = _content(name)["http_options"]["request_timeout_s"]

@@ -26,8 +26,11 @@ def chromium() -> str:
 
 
 @asynccontextmanager
-async def a_page(url: str, **context: Any) -> AsyncIterator[Page]:
-    """A page of a browser of its own, at an address. It fails on a script's error and on a word to anybody else."""
+async def a_page(url: str, path: str = "/", ready: str = "#examples button", **context: Any) -> AsyncIterator[Page]:
+    """A page of a browser of its own, at an address, once it shows what `ready` selects.
+
+    It fails on a script's error and on a word to anybody else.
+    """
     faults: list[str] = []
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium(), args=_FLAGS, timeout=180_000)
@@ -39,8 +42,8 @@ async def a_page(url: str, **context: Any) -> AsyncIterator[Page]:
             "request", lambda request: None if request.url.startswith((url, "blob:")) else faults.append(request.url)
         )
         try:
-            await page.goto(f"{url}/")
-            await page.wait_for_selector("#examples button", state="attached")
+            await page.goto(f"{url}{path}")
+            await page.wait_for_selector(ready, state="attached")
             yield page
         finally:
             await browser.close()

@@ -32,7 +32,7 @@ async def a_client(images: ImageService) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=build_http_app(images))
     async with (
         asyncio.timeout(60),
-        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=None) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=None) as client,
     ):
         yield client
 
@@ -131,11 +131,15 @@ BAD_FIELDS = [
     ('"prompt": ""', "prompt=", "prompt"),
     ('"prompt": "  \\n"', "prompt=%20%0A", "prompt"),
     (f'"prompt": "{"x" * 4_001}"', f"prompt={'x' * 4_001}", "prompt"),
-    (f'"prompt": "{"x" * MIB}"', "", "prompt"),
+    (f'"prompt": "{"x" * 200_000}"', "", "prompt"),
     ('"prompt": 5', "", "prompt"),
     ('"prompt": ["p"]', "", "prompt"),
     ('"prompt": "\\ud800"', "", "prompt"),
     ('"negative_prompt": "\\udfff x"', "", "negative_prompt"),
+    ('"prompt": "a\\u0000b"', "prompt=a%00b", "prompt"),
+    ('"prompt_2": "\\u0000"', "", "prompt_2"),
+    ('"negative_prompt": "\\u0000"', "negative_prompt=%00", "negative_prompt"),
+    ('"negative_prompt_2": "b\\u0000"', "negative_prompt_2=b%00", "negative_prompt_2"),
 ]
 
 
@@ -166,8 +170,8 @@ NO_REQUESTS = [
     (b'{"prompt": "\xff\xfe", "input_data": {"prompt": ["\xff\xfe"]}}', 400),
     ('{"prompt": "p"}'.encode("utf-16"), 400),
     (b'{"prompt": "\xed\xa0\x80", "input_data": {"prompt": ["\xed\xa0\x80"]}}', 400),
-    (b'{"prompt": "p", "input_data": {"prompt": ["p"]}, "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400),
-    (b'{"x": ' * 200_000 + b"1" + b"}" * 200_000, 400),
+    (b'{"prompt": "p", "input_data": {"prompt": ["p"]}, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+    (b'{"x": ' * 30_000 + b"1" + b"}" * 30_000, 400),
     (b'{"prompt": "p", "input_data": {"prompt": ["p"]}, "seed": ' + b"9" * 5_000 + b"}", 400),
     (b'{"prompt": "p", "input_data": {"prompt": ["p"]}}' + b" " * 4 * MIB, 413),
 ]
@@ -201,8 +205,9 @@ async def test_a_body_of_50_mb_is_refused_before_it_is_read(path: str, announced
         response = await client.post(path, content=body(), headers=headers)
     assert response.status_code == 413
     message = score_error(response) if path == SCORE else openai_error(response)["message"]
-    assert message == f"the body is larger than {4 * MIB} bytes"
-    assert sent <= (0 if announced else 5 * MIB)
+    limit = 4 * MIB if path == SCORE else MIB // 4
+    assert message == f"the body is larger than {limit} bytes"
+    assert sent <= (0 if announced else limit + MIB)
     assert fake.calls == []
 
 
@@ -353,14 +358,16 @@ async def test_the_base_alone_is_timed_in_four_stages_too() -> None:
         ("\U0001f600\n\r" * 11_000,) * 4,
         tuple(f"{number} {'x' * 500}" for number in range(1_000)),
         tuple(f"warning {number}" for number in range(100_000)),
+        ("\x7f\x00" * 1_000, "plain"),
+        ("x" * 249, "y" * 248, "z" * 247, "\u00e9" * 300, "last"),
     ],
 )
 async def test_the_warnings_header_is_json_and_stays_small(warnings: tuple[str, ...]) -> None:
     response = await post(FakeStages(warnings=warnings), GENERATIONS, {"prompt": "p"})
     header = response.headers["x-sdxl-warnings"]
-    assert len(header) < 7_000 and header.isascii() and header.isprintable()
+    assert len(header) <= 1_024 and header.isascii() and header.isprintable()
     lines = json.loads(header)
-    assert lines[0][:100] == warnings[0][:100]
+    assert lines[0][:15] == warnings[0][:15]
     assert response.json()["warnings"] == list(warnings), "the body has room for all"
     distinct = len(set(warnings))
     if len(lines) < distinct:
@@ -368,8 +375,8 @@ async def test_the_warnings_header_is_json_and_stays_small(warnings: tuple[str, 
 
 
 @pytest.mark.parametrize("path", [GENERATIONS, SCORE, f"{IMAGINE}?prompt=p"])
-@pytest.mark.parametrize(("given", "kept"), [("mine-1", True), ("a b", False), ("x" * 200, False), (None, False)])
-async def test_a_request_id_is_the_callers_or_a_new_one(path: str, given: str | None, kept: bool) -> None:
+@pytest.mark.parametrize("given", ["mine-1", "a b", "x" * 256, 'Root=1-67891233;"{}"', None])
+async def test_a_request_id_is_the_callers_or_a_new_one(path: str, given: str | None) -> None:
     fake = FakeStages()
     headers = {} if given is None else {"x-request-id": given}
     if path.startswith(IMAGINE):
@@ -378,11 +385,24 @@ async def test_a_request_id_is_the_callers_or_a_new_one(path: str, given: str | 
         response = await post(fake, path, {"prompt": "p", "input_data": {"prompt": ["p"]}}, **headers)
     assert response.status_code == 200
     used = fake.tasks[0].id.removesuffix("-0")
-    assert (used == given) is kept
     if given is None:
         assert response.headers["x-request-id"] == used
     else:
+        assert used == given
         assert "x-request-id" not in response.headers, "Ray's proxy puts it there itself"
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, SCORE, f"{IMAGINE}?prompt=p"])
+@pytest.mark.parametrize("given", [["x" * 257], [""], ["\u00e9"], ["a\tb"], ["one", "two"]])
+async def test_a_request_id_that_no_log_could_show_is_refused(path: str, given: list[str]) -> None:
+    """Ray's proxy puts it on the answer as it came: another one in the log would be a second id of one request."""
+    fake = FakeStages()
+    headers = [("Content-Type", "application/json"), *(("x-request-id", one.encode("latin-1")) for one in given)]
+    async with a_client(service(fake)) as client:
+        method = "GET" if path.startswith(IMAGINE) else "POST"
+        response = await client.request(method, path, content=b'{"prompt": "p"}', headers=headers)
+    assert response.status_code == 400 and "X-Request-Id" in message_of(path, response)
+    assert fake.calls == []
 
 
 def ask(client: httpx.AsyncClient, path: str) -> Any:
@@ -512,6 +532,7 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/v1/sdxl/info": {"get"},
         "/": {"get"},
         "/health": {"get"},
+        "/ready": {"get"},
     }
     body = document["paths"][GENERATIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"prompt", "size", "num_inference_steps", "high_noise_frac"} <= set(body["properties"])

@@ -57,7 +57,7 @@ def picture_of(path: str, response: httpx.Response) -> bytes:
 async def test_under_a_route_prefix_a_wrong_address_has_its_formats_envelope() -> None:
     """As Ray's proxy calls the application: with the prefix in the path, and as `root_path`."""
     transport = httpx.ASGITransport(app=build_http_app(service(FakeStages())), root_path="/img")
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
         response = await client.get("/img/sdapi/v1/nothing")
     assert response.status_code == 404
     assert "/img/sdapi/v1/nothing" in message(TXT2IMG, response)

@@ -22,10 +22,12 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from serve_app.config.settings import HttpConfig
 from serve_app.http.app import build_http_app
 from tests.fakes import FakeStages, service
 
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", build_http_app(service(FakeStages())))
+HTTP = HttpConfig(allowed_hosts=("testserver",))  # as Starlette's client calls it
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", build_http_app(service(FakeStages(), http=HTTP)))
 # All of Schemathesis's checks for one request but positive_data_acceptance: a service has limits that no schema can say
 # (pixels, what the checkpoint allows), and refuses what lies beyond them.
 CHECKS = (

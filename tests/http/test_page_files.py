@@ -64,9 +64,9 @@ async def test_it_works_under_a_prefix() -> None:
     """Every address in the page is relative to it, and the page's own ends in a slash."""
     app = build_http_app(service(FakeStages()))
     transport = httpx.ASGITransport(app=app, root_path="/sdxl")
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=BROWSER) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=BROWSER) as client:
         moved = await client.get("/sdxl")
-        assert moved.status_code == 307 and moved.headers["location"] == "http://test/sdxl/"
+        assert moved.status_code == 307 and moved.headers["location"] == "/sdxl/"
         assert (await client.get("/sdxl/")).text == read_page()["index.html"].content.decode()
         assert (await client.get("/sdxl/page/main.js")).status_code == 200
     for name, file in read_page().items():

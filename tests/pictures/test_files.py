@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serve_app.pictures import infotext
 from serve_app.pictures.files import MEDIA_TYPES, encode_image, read_parameters
 from serve_app.request.fields import MAX_PROMPT_CHARS, OutputFormat
 from serve_app.request.resolve import parameters, resolve
@@ -49,7 +50,7 @@ def test_the_file_is_of_the_format_it_says(output_format: OutputFormat) -> None:
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_the_parameters_are_read_back(output_format: OutputFormat) -> None:
     request = ImageRequest(
-        prompt='ein Mädchen, "東京" \U0001f600\n\x00',
+        prompt='ein Mädchen, "東京" \U0001f600\n\x01\x7f\x85',
         negative_prompt="",
         original_size=(1, 2),
         guidance_scale=0.1 + 0.2,
@@ -60,6 +61,39 @@ def test_the_parameters_are_read_back(output_format: OutputFormat) -> None:
     read = read_parameters(encode_image(NOISE, output_format, 95, kept))
     assert read == json.loads(json.dumps(kept))
     assert read is not None and read["prompt"] == request.prompt and read["seed"] == 2**63 - 1
+
+
+CONTROLS = "".join(map(chr, [*range(1, 32), *range(127, 160)]))
+
+
+def text_chunks(png: bytes) -> dict[str, str]:
+    """The text of every text chunk by its keyword, as the standard has them, without Pillow."""
+    found, at = {}, 8
+    while at < len(png):
+        length, kind = int.from_bytes(png[at : at + 4]), png[at + 4 : at + 8]
+        keyword, _, rest = png[at + 8 : at + 8 + length].partition(b"\0")
+        if kind == b"tEXt":
+            found[keyword.decode("latin-1")] = rest.decode("latin-1")
+        elif kind == b"iTXt":
+            assert rest[:2] == b"\0\0", "uncompressed"
+            found[keyword.decode("latin-1")] = rest[2:].split(b"\0", 2)[2].decode()
+        at += length + 12
+    return found
+
+
+def test_no_text_of_a_png_has_a_control_character_but_the_line_feed() -> None:
+    request = ImageRequest(
+        prompt=f"a{CONTROLS}b\nc", negative_prompt=CONTROLS, prompt_2=CONTROLS, negative_prompt_2=f"\u72d0{CONTROLS}"
+    )
+    kept = parameters(resolve(request, FACTS, LIMITS), 0)
+    png = encode_image(NOISE, "png", 95, kept, {infotext.PNG_KEY: infotext.infotext(kept, CONTROLS)})
+    chunks = text_chunks(png)
+    assert {"sdxl-serve", "parameters", "Software"} == set(chunks)
+    for keyword, text in chunks.items():
+        assert not set(CONTROLS) - {"\n"} & set(text), keyword
+    assert read_parameters(png) == json.loads(json.dumps(kept)), "and nothing is lost"
+    read = infotext.read_infotext(chunks["parameters"]).fields
+    assert all(read[name] == kept[name] for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"))
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

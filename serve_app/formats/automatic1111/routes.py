@@ -90,7 +90,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/sdapi/v1/txt2img", tags=[_TAG], summary="Draw pictures", openapi_extra=_TXT2IMG)
     async def txt2img(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content = await read_body(request, limits.max_body_bytes)
+            content = await read_body(request, limits.max_text_body_bytes)
             asked = automatic1111.decode(content, names, limits.max_images_in_flight, secrets.randbits(32), facts)
             results = await drawn(Body.of(asked.requests), request_id)
             response = await json_response(lambda: automatic1111.encode(asked, results, names[0], facts))

@@ -31,8 +31,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             return with_headers(rows, results, asked.warnings)
 
         response = await answered(request, draw, azure_ml.encode_error)
-        request_id = response.headers.get("x-request-id") or request.headers["x-request-id"]
-        response.headers["x-ms-request-id"] = request_id
+        response.headers["x-ms-request-id"] = request.headers["x-request-id"]
         if client_id := request.headers.get("x-ms-client-request-id"):
             response.headers["x-ms-client-request-id"] = client_id
         return response

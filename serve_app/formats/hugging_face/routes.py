@@ -28,7 +28,9 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     )
     async def text_to_image(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            asked = hugging_face.decode(await read_body(request, limits.max_body_bytes), request.headers.get("accept"))
+            asked = hugging_face.decode(
+                await read_body(request, limits.max_text_body_bytes), request.headers.get("accept")
+            )
             result = await service.generate(asked.request, request_id)
             picture = hugging_face.encode(result, asked.warnings)
             response = Response(picture.data, media_type=picture.media_type, headers={"Vary": "Accept"})

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve_app.formats.answers import answered, with_headers
+from serve_app.formats.answers import HEAD_ONLY, answered, with_headers, with_warnings
 from serve_app.formats.imagine import wire as imagine
 from serve_app.formats.openai import wire as openai
 from serve_app.formats.openapi import BINARY, PICTURE_ERRORS, answer, errors
@@ -28,6 +28,11 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     async def imagine_picture(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
             asked = imagine.decode(request.scope["query_string"])
+            if request.scope.get(HEAD_ONLY):  # nobody will see the picture: it is checked and not drawn
+                service.check(asked.request)
+                response = Response(media_type=MEDIA_TYPES[asked.request.output_format])
+                del response.headers["Content-Length"]
+                return with_warnings(response, asked.warnings)
             result = await service.generate(asked.request, request_id)
             picture = result.images[0]
             response = Response(picture.data, media_type=MEDIA_TYPES[picture.output_format])

@@ -34,7 +34,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/v1/images/generations", tags=["OpenAI"], summary="Draw pictures", openapi_extra=_GENERATIONS)
     async def generations(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            asked = openai.decode(await read_body(request, limits.max_body_bytes), names)
+            asked = openai.decode(await read_body(request, limits.max_text_body_bytes), names)
             if asked.stream:
                 return await _streamed(service, asked, request_id)
             result = await service.generate(asked.request, request_id)

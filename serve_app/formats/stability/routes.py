@@ -7,12 +7,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve_app.formats.answers import answered, json_response, read_body, with_headers
+from serve_app.formats.answers import Envelope, answered, json_response, read_body, with_headers
 from serve_app.formats.openapi import BINARY, PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.formats.stability import wire as stability
 from serve_app.runtime.service import ImageService
 
-ENVELOPES = {"/v1/generation": stability.encode_error, "/v1/engines": stability.encode_error}
+ENVELOPES: dict[str, Envelope] = {"/v1/generation": stability.encode_error, "/v1/engines": stability.encode_error}
 
 
 def add_routes(app: FastAPI, service: ImageService) -> None:
@@ -27,7 +27,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     )
     async def text_to_image(engine: str, request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            body = await read_body(request, limits.max_body_bytes)
+            body = await read_body(request, limits.max_text_body_bytes)
             asked = stability.decode(body, engine, request.headers.get("accept"), names)
             result = await service.generate(asked.request, request_id)
             if asked.media_type == "application/json":
@@ -38,7 +38,7 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
             response.headers["Vary"] = "Accept"
             return with_headers(response, [result], asked.warnings)
 
-        request_id = request.headers.get("x-request-id", "")
+        request_id = request.headers["x-request-id"]
         return await answered(request, draw, functools.partial(stability.encode_error, request_id=request_id))
 
     @app.get("/v1/engines/list", tags=["Stability"], summary="List the engines", openapi_extra=_ENGINES)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
+
+from serve_app.http.conventions import BARE_PREFIX
 
 _FOLDER = Path(__file__).parent
 _MEDIA_TYPES = {
@@ -28,7 +30,6 @@ _HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # kept, but asked for anew: after an update no old part meets a new one
 }
@@ -58,10 +59,13 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/", tags=["operations"], summary="The page, or alive", response_class=Response, openapi_extra=_ROOT)
     async def root(request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", "").lower():
-            response = _answer(request, files["index.html"])
-        else:
+        response: Response
+        if "text/html" not in request.headers.get("accept", "").lower():
             response = PlainTextResponse("Healthy")
+        elif request.scope.get(BARE_PREFIX):  # the page's addresses are relative to its own, which ends in a slash
+            response = RedirectResponse(f"{request.scope['root_path']}/")
+        else:
+            response = file_answer(request, files["index.html"], _HEADERS)
         response.headers["Vary"] = "Accept"
         return response
 
@@ -69,11 +73,12 @@ def add_page(app: FastAPI) -> None:
     async def page_file(request: Request, name: str) -> Response:
         if name not in files:
             raise HTTPException(404)
-        return _answer(request, files[name])
+        return file_answer(request, files[name], _HEADERS)
 
 
-def _answer(request: Request, file: PageFile) -> Response:
-    headers = _HEADERS | {"ETag": file.etag}
+def file_answer(request: Request, file: PageFile, headers: dict[str, str]) -> Response:
+    """The file, or 304 for whoever has it."""
+    headers = headers | {"ETag": file.etag}
     if file.etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.media_type, headers=headers)

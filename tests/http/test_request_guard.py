@@ -1,0 +1,302 @@
+"""How one may ask: types of bodies, their compression, size and time, and Ray's own headers."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message
+
+from serve_app.http.body import decompressed
+from serve_app.request.errors import InvalidRequest
+from tests.fakes import FakeStages
+from tests.http.test_guard import BODIES, GENERATIONS, IMAGINE, INTERRUPT, SCORE, STABILITY, a_client, line
+
+PICTURES = [path for path in BODIES if path != INTERRUPT]
+JSON = {"Content-Type": "application/json"}
+
+
+# Types
+
+
+@pytest.mark.parametrize("path", PICTURES)
+async def test_a_body_needs_its_type(path: str) -> None:
+    fake = FakeStages()
+    body = json.dumps(BODIES[path]).encode()
+    async with a_client(fake) as client:
+        for given_type in ({}, {"Content-Type": ""}, {"Content-Type": "application/jsonp"}, {"Content-Type": "*/*"}):
+            answer = await client.post(path, content=body, headers=given_type)
+            assert answer.status_code == 415
+            assert line(path, answer) == "Expects Content-Type to be application/json"
+        assert fake.calls == []
+        for given_type in ("application/json", "Application/JSON", 'application/json; charset="UTF-8"'):
+            assert (await client.post(path, content=body, headers={"Content-Type": given_type})).status_code == 200
+
+
+async def test_what_takes_no_body_needs_no_type_where_there_is_none() -> None:
+    async with a_client(FakeStages()) as client:
+        assert (await client.post(INTERRUPT)).status_code == 200
+        assert (await client.post(INTERRUPT, headers=JSON)).status_code == 200
+        assert (await client.post(INTERRUPT, content=b"x")).status_code == 415
+
+
+async def test_an_address_that_is_none_is_404_or_405_whatever_its_type() -> None:
+    async with a_client(FakeStages()) as client:
+        assert (await client.post("/nothing", content=b"x")).status_code == 404
+        assert (await client.post("/imagine", content=b"x")).status_code == 405
+
+
+# Compression
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("path", PICTURES)
+async def test_a_gzip_body_is_read(path: str) -> None:
+    body = gzip.compress(json.dumps(BODIES[path]).encode())
+    async with a_client(FakeStages()) as client:
+        for encoding in ("gzip", "GZIP", "x-gzip"):
+            answer = await client.post(path, content=body, headers=JSON | {"Content-Encoding": encoding})
+            assert answer.status_code == 200
+        plain = await client.post(path, json=BODIES[path], headers={"Content-Encoding": "identity"})
+        assert plain.status_code == 200
+
+
+@pytest.mark.parametrize("path", PICTURES)
+async def test_other_encodings_are_named_and_refused(path: str) -> None:
+    fake = FakeStages()
+    async with a_client(fake) as client:
+        for encoding in ("br", "deflate", "zstd", "gzip, gzip", "gzip, br", "nonsense"):
+            answer = await client.post(path, json=BODIES[path], headers={"Content-Encoding": encoding})
+            assert answer.status_code == 415
+            assert encoding in line(path, answer) and "gzip" in line(path, answer)
+    assert fake.calls == []
+
+
+WHOLE = gzip.compress(json.dumps({"prompt": "p"}).encode(), mtime=0)
+WRONG_SUM = WHOLE[:-8] + bytes([WHOLE[-8] ^ 1]) + WHOLE[-7:]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [WHOLE[:-9], WHOLE[:5], WRONG_SUM, b"no gzip", WHOLE + b"more", zlib.compress(b"{}"), b"\x1f\x8b" + b"\0" * 99],
+)
+async def test_broken_gzip_is_one_line(body: bytes) -> None:
+    fake = FakeStages()
+    async with a_client(fake) as client:
+        answer = await client.post(GENERATIONS, content=body, headers=JSON | {"Content-Encoding": "gzip"})
+    assert answer.status_code == 400 and "not valid gzip" in line(GENERATIONS, answer)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize(("path", "limit"), [(GENERATIONS, 256 * 1024), (SCORE, 4 * MIB), (STABILITY, 256 * 1024)])
+async def test_the_decompressed_bytes_count_and_a_bomb_is_not_unpacked(path: str, limit: int) -> None:
+    body = json.dumps(BODIES[path]).encode()
+    fits, over = body + b" " * (limit - len(body)), body + b" " * (limit - len(body) + 1)
+    async with a_client(FakeStages()) as client:
+        headers = JSON | {"Content-Encoding": "gzip"}
+        assert (await client.post(path, content=gzip.compress(fits), headers=headers)).status_code == 200
+        answer = await client.post(path, content=gzip.compress(over), headers=headers)
+        assert answer.status_code == 413 and line(path, answer) == f"the body is larger than {limit} bytes"
+        assert (await client.post(path, content=fits, headers=JSON)).status_code == 200
+        assert (await client.post(path, content=over, headers=JSON)).status_code == 413
+        bomb = gzip.compress(b" " * 200 * MIB, 1)
+        assert len(bomb) < 4 * MIB
+        answer = await client.post(path, content=bomb, headers=headers)
+        assert answer.status_code == 413
+
+
+async def test_compressed_bytes_that_give_none_count_too() -> None:
+    sent = 0
+
+    async def empty_members() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 2000 * len(gzip.compress(b""))
+            yield gzip.compress(b"") * 2000
+
+    async with a_client(FakeStages(), limits={"max_body_bytes": 100_000}) as client:
+        answer = await client.post(GENERATIONS, content=empty_members(), headers=JSON | {"Content-Encoding": "gzip"})
+    assert answer.status_code == 413 and sent < 200_000
+
+
+@given(st.lists(st.binary(max_size=300_000), min_size=1, max_size=3), st.integers(1, 200_000))
+async def test_gzip_gives_back_what_it_was_given_however_it_arrives(members: list[bytes], size: int) -> None:
+    packed = b"".join(gzip.compress(member * 3) for member in members)
+    chunks = [packed[at : at + size] for at in range(0, len(packed), size)]
+    messages: list[Message] = [
+        {"type": "http.request", "body": chunk, "more_body": number < len(chunks) - 1}
+        for number, chunk in enumerate(chunks)
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    read, more = b"", True
+    receive_plain = decompressed(receive, 10 * MIB)
+    while more:
+        message = await receive_plain()
+        assert len(message["body"]) <= 64 * 1024
+        read, more = read + message["body"], message["more_body"]
+    assert read == b"".join(member * 3 for member in members)
+    assert (await receive_plain())["type"] == "http.disconnect"
+
+
+async def test_a_client_that_goes_away_within_its_gzip_is_gone() -> None:
+    messages: list[Message] = [
+        {"type": "http.request", "body": WHOLE[:9], "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    assert (await decompressed(receive, MIB)())["type"] == "http.disconnect"
+
+
+async def test_gzip_that_is_cut_off_is_an_error() -> None:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": WHOLE[:12], "more_body": False}
+
+    receive_plain = decompressed(receive, MIB)
+    with pytest.raises(InvalidRequest, match="cut off"):
+        while True:
+            await receive_plain()
+
+
+@pytest.mark.parametrize("path", PICTURES)
+async def test_a_byte_order_mark_is_read_over(path: str) -> None:
+    body = json.dumps(BODIES[path]).encode("utf-8-sig")
+    assert body[:3] == b"\xef\xbb\xbf"
+    async with a_client(FakeStages()) as client:
+        assert (await client.post(path, content=body, headers=JSON)).status_code == 200
+        assert (
+            await client.post(path, content=json.dumps(BODIES[path]).encode("utf-16"), headers=JSON)
+        ).status_code == 400
+
+
+# Time
+
+
+@pytest.mark.parametrize("path", PICTURES)
+async def test_a_body_that_does_not_arrive_is_given_up(path: str) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    fake = FakeStages()
+    async with asyncio.timeout(60), a_client(fake, body_timeout_s=0.2) as client:
+        for headers in (JSON, JSON | {"Content-Encoding": "gzip"}):
+            answer = await client.post(path, content=slow(), headers=headers)
+            assert answer.status_code == 408
+            assert line(path, answer) == "the body did not arrive within 0.2 s"
+            assert answer.headers["connection"] == "close"
+    assert fake.calls == []
+
+
+async def test_a_body_that_drips_is_given_up_as_well() -> None:
+    sent = 0
+
+    async def dripping() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(60), a_client(FakeStages(), body_timeout_s=0.3) as client:
+        answer = await client.post(GENERATIONS, content=dripping(), headers=JSON)
+    assert answer.status_code == 408 and sent > 1
+
+
+async def test_only_the_body_is_in_a_hurry() -> None:
+    """The picture may take longer than the body, alone and in a stream."""
+    gate = asyncio.Event()
+    fake = FakeStages(gate=gate)
+    async with asyncio.timeout(60), a_client(fake, body_timeout_s=0.1) as client:
+        alone = asyncio.create_task(client.post(GENERATIONS, json={"prompt": "p"}))
+        stream = asyncio.create_task(client.post(GENERATIONS, json={"prompt": "p", "stream": True}))
+        await asyncio.sleep(0.4)
+        gate.set()
+        assert (await alone).status_code == 200
+        assert "image_generation.completed" in (await stream).text
+
+
+# Ray's headers
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("x-request-disconnect-disabled", value) for value in ("?1", "?0", "", "1")),
+        *(
+            ("X-Request-Timeout-Seconds", value)
+            for value in ("0", "-1", "nan", "inf", "600.5", "1e9", "", "soon", "-0.0")
+        ),
+    ],
+)
+async def test_no_client_lifts_the_operators_limits(name: str, value: str) -> None:
+    fake = FakeStages()
+    async with a_client(fake) as client:
+        for path in (*BODIES, IMAGINE, "/health", "/"):
+            method, headers = "POST" if path in BODIES else "GET", {name: value}
+            answer = await client.request(method, path, json=BODIES.get(path), headers=headers)
+            assert answer.status_code == 400 and name.lower() in line(path, answer)
+    assert fake.calls == []
+
+
+async def test_a_shorter_time_is_taken_and_of_two_both_must_be() -> None:
+    async with a_client(FakeStages(), request_timeout_s=30.0) as client:
+        for value, status in {"30": 200, "0.5": 200, "30.1": 400}.items():
+            answer = await client.get(IMAGINE, headers={"x-request-timeout-seconds": value})
+            assert answer.status_code == status
+        twice = [("x-request-timeout-seconds", "0"), ("x-request-timeout-seconds", "5")]
+        for headers in (twice, twice[::-1]):
+            assert (await client.get(IMAGINE, headers=headers)).status_code == 400
+
+
+@pytest.mark.parametrize("path", [*PICTURES, IMAGINE])
+async def test_a_request_that_takes_too_long_ends_in_its_own_envelope(path: str) -> None:
+    fake = FakeStages(gate=asyncio.Event())
+    async with asyncio.timeout(60), a_client(fake) as client:
+        headers = {"x-request-timeout-seconds": "0.3"}
+        answer = await client.request("POST" if path in BODIES else "GET", path, json=BODIES.get(path), headers=headers)
+        assert answer.status_code == 408 and line(path, answer).startswith("no answer within 0.3 s")
+        assert fake.cancelled, "its slots are free"
+        assert (await client.get("/health")).json()["images_in_flight"] == 0
+
+
+async def test_a_stream_that_has_begun_is_not_cut_here() -> None:
+    gate = asyncio.Event()
+    async with asyncio.timeout(60), a_client(FakeStages(gate=gate)) as client:
+        body = {"prompt": "p", "stream": True}
+        task = asyncio.create_task(client.post(GENERATIONS, json=body, headers={"x-request-timeout-seconds": "0.2"}))
+        await asyncio.sleep(0.5)
+        gate.set()
+        assert "image_generation.completed" in (await task).text
+
+
+def test_the_helpers_of_this_file_know_every_route(picture_routes: set[str]) -> None:
+    assert picture_routes == {path.replace("/sdxl/", "/{engine}/") for path in PICTURES}
+
+
+@pytest.fixture
+def picture_routes() -> set[str]:
+    from serve_app.http.app import build_http_app
+    from tests.fakes import service
+
+    paths: dict[str, Any] = build_http_app(service(FakeStages())).openapi()["paths"]
+    return {path for path, operations in paths.items() if "requestBody" in operations.get("post", {})}
+
+
+def test_httpx_sends_no_type_of_its_own() -> None:
+    """What the tests above lean on."""
+    assert "content-type" not in httpx.Request("POST", "http://127.0.0.1", content=b"x").headers
