@@ -136,7 +136,8 @@ def test_the_builder_checks_what_is_here_and_needs_nothing(base: Path, tmp_path:
 def test_the_builder_checks_without_torch() -> None:
     script = (
         "import sys; from serve_app.config.settings import parse_config; "
-        "from serve_app.models.check import check_sources; check_sources(parse_config({'refiner': {'path': 'embedded:refiner'}})); "
+        "from serve_app.models.check import check_sources; "
+        "check_sources(parse_config({'refiner': {'path': 'embedded:refiner'}})); "
         "print(*{'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "\n"
