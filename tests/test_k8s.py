@@ -258,6 +258,7 @@ def test_the_job_fetches_what_the_replicas_look_for(monkeypatch: pytest.MonkeyPa
         return "."
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (application,) = serve_config("base")["applications"]
     args = application["args"]
     checkpoint.locate(ModelSource(**args["base"]), checkpoint.BASE_COMPONENTS)

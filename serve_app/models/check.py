@@ -145,7 +145,7 @@ def _other_kind(folder: Path) -> str:
 
 def _other_pipeline(index: dict[str, Any]) -> str:
     name = index.get("_class_name")
-    return "" if not isinstance(name, str) or "XL" in name else f": it is a {name}, not Stable Diffusion XL"
+    return "" if not isinstance(name, str) or "XL" in name else f": its pipeline is {name}, not Stable Diffusion XL's"
 
 
 def _check_index(checkpoint: Checkpoint, components: Sequence[str]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _check_index(checkpoint: Checkpoint, components: Sequence[str]) -> dict[str,
             raise ConfigurationError(f"{path}: takes the scheduler {name} from {library}; only diffusers' own are run")
         if component in _CLASSES and name not in _CLASSES[component]:
             raise ConfigurationError(
-                f"{path}: {component} is a {name}, where SDXL has a {_CLASSES[component][0]}{_known(name)}"
+                f"{path}: {component} is of class {name}, where SDXL's is {_CLASSES[component][0]}{_known(name)}"
             )
     return index
 
@@ -219,7 +219,7 @@ def _check_tokenizer(folder: Path) -> None:
 def _check_vae(where: Path, vae: dict[str, Any]) -> None:
     name = vae.get("_class_name", "AutoencoderKL")
     if name not in _CLASSES["vae"]:
-        raise ConfigurationError(f"{where}: a {name}, where SDXL has an AutoencoderKL{_known(name)}")
+        raise ConfigurationError(f"{where}: of class {name}, where SDXL's is AutoencoderKL{_known(name)}")
     channels, factor = vae.get("latent_channels", 4), 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
     if channels != LATENT_CHANNELS:
         raise ConfigurationError(f"{where}: latents of {channels} channels, where SDXL's have {LATENT_CHANNELS}")

@@ -200,7 +200,7 @@ def _has_variant(source: ModelSource, checkpoint: Checkpoint) -> bool:
     assert source.hub_id is not None
     try:
         names = HfApi().list_repo_files(source.hub_id, revision=source.revision)
-    except (OSError, ValueError):  # without the hub, what the cache holds decides
+    except Exception:  # the hub's errors and its HTTP client's: without the hub, what the cache holds decides
         return False
     return any(f"{_middle(source.variant)}." in name and name.endswith(".safetensors") for name in names)
 

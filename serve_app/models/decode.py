@@ -56,7 +56,8 @@ class Decoder:
         """
         with refusing(f"{self._folder}: a dry run"):
             if side is None:
-                side = 8 if self._device.type == "cpu" else max(self._vae.config.sample_size // self.scale_factor, 8)
+                own = self._vae.config.sample_size  # pixels; some configurations have none
+                side = own // self.scale_factor if self._device.type != "cpu" and isinstance(own, int) else 8
             channels = self._vae.config.latent_channels
             (pixels,) = self.decode([np.zeros((channels, side, side), dtype=np.float32)])
             if isinstance(pixels, PictureFailed):

@@ -37,7 +37,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
     scheduler_class = getattr(diffusers.schedulers, name, None)
     if scheduler_class is None:
         raise ConfigurationError(f"{folder}: diffusers has no scheduler {name!r}")
-    with refusing(folder):
+    with refusing(folder), quiet():
         scheduler = scheduler_class.from_pretrained(folder, local_files_only=True)
     if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
         kind = "is for flow matching" if "Flow" in name else "is not for diffusion models like SDXL"
@@ -68,7 +68,7 @@ def load_tokenizer(checkpoint: Checkpoint, component: str) -> Any:
     from transformers import CLIPTokenizer
 
     folder = checkpoint.path(component)
-    with refusing(folder):
+    with refusing(folder), quiet():
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     _check_tokenizer(tokenizer, folder, checkpoint, component.replace("tokenizer", "text_encoder"))
     return tokenizer
@@ -79,7 +79,7 @@ def _check_tokenizer(tokenizer: Any, folder: Path, checkpoint: Checkpoint, encod
         return
     from transformers import CLIPTextConfig
 
-    with refusing(checkpoint.path(encoder)):
+    with refusing(checkpoint.path(encoder)), quiet():
         config = CLIPTextConfig.from_pretrained(checkpoint.path(encoder), local_files_only=True)
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise ConfigurationError(
@@ -95,10 +95,10 @@ def _check_tokenizer(tokenizer: Any, folder: Path, checkpoint: Checkpoint, encod
 
 def _load_diffusers(checkpoint: Checkpoint, component: str, dtype: Any) -> Any:
     check_weights(checkpoint, component)
-    with refusing(checkpoint.path(component)):
+    with refusing(checkpoint.path(component)), quiet():
         model, info = model_class(component).from_pretrained(
             checkpoint.path(component),
-            torch_dtype=dtype,
+            dtype=dtype,
             variant=checkpoint.variant_of(component),
             use_safetensors=True,
             local_files_only=True,

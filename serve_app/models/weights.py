@@ -169,15 +169,22 @@ def fit_of(info: Mapping[str, Any]) -> Fit:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bar and its report of names: what it says of them is judged here."""
+    """Without what the libraries print of a checkpoint as they read it: bars, names, keys of another class's settings.
+
+    What they say of weights is judged here, and what they raise is one line.
+    """
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    diffusers_verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        diffusers_logging.set_verbosity(diffusers_verbosity)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -185,7 +192,7 @@ def quiet() -> Iterator[None]:
 
 def _diffusers_model(checkpoint: Checkpoint, component: str) -> Any:
     kind = model_class(component)
-    with refusing(checkpoint.path(component) / "config.json"), torch.device("meta"):
+    with refusing(checkpoint.path(component) / "config.json"), quiet(), torch.device("meta"):
         return kind.from_config(kind.load_config(checkpoint.path(component), local_files_only=True))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +131,16 @@ def test_the_builder_checks_what_is_here_and_needs_nothing(base: Path, tmp_path:
     shutil.rmtree(base / "vae")
     with pytest.raises(ConfigurationError, match="no vae folder"):
         build_app({"base": {"path": str(base)}})
+
+
+def test_the_builder_checks_without_torch() -> None:
+    script = (
+        "import sys; from serve_app.config.settings import parse_config; "
+        "from serve_app.models.check import check_sources; "
+        "check_sources(parse_config({'refiner': {'path': 'embedded:refiner'}})); "
+        "print(*{'torch', 'diffusers', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "\n"
 
 
 def test_the_scheduler_is_the_one_that_model_index_names(base: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_trace_that_is_not_true_of_another_pass_is_refused(tiny: Path, how: st
 
 
 def test_text_widths_may_be_a_list(tiny: Path) -> None:
-    """As diffusers' configuration allows and `checkpoint.check` lets through."""
+    """As diffusers' configuration allows and `check` lets through."""
     inner = load_unet(Checkpoint(tiny / "base", None), torch.float32)
     inner.register_to_config(cross_attention_dim=[inner.config.cross_attention_dim])
     Traced(inner, CPU, 6)

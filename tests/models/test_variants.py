@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "text_encoder_2 as a plain CLIPTextModel": (
         settings("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
-        "text_encoder_2 is a CLIPTextModel, where SDXL has a CLIPTextModelWithProjection",
+        "text_encoder_2 is of class CLIPTextModel, where SDXL's is CLIPTextModelWithProjection",
     ),
     "a VAE alone of another factor": (
         vae_alone(
@@ -443,7 +443,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a token without its row": (token_added, "token '<my-cat>' has number"),
     "a tokenizer of another model": (text("tokenizer_2/tokenizer.json", '{"model": 1}'), "tokenizer_2"),
     # A VAE given alone.
-    "TAESD": (vae_alone(built_tiny_vae), "a AutoencoderTiny, where SDXL has an AutoencoderKL (TAESD"),
+    "TAESD": (vae_alone(built_tiny_vae), "of class AutoencoderTiny, where SDXL's is AutoencoderKL (TAESD"),
     "TAESD's weights": (
         vae_alone(without(VAE, "up_blocks"), renamed(VAE, ("encoder.down_blocks", "encoder.layers"))),
         "a tiny autoencoder (TAESD)",
@@ -459,7 +459,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "a UNet that predicts variances": (settings("unet/config.json", out_channels=8), "not an SDXL text-to-image UNet"),
     "a VAE of another class in a folder": (
         settings("model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"]),
-        "vae is a AsymmetricAutoencoderKL",
+        "vae is of class AsymmetricAutoencoderKL",
     ),
     # Lines that misled.
     "a single file": (single_file, "a single file, where a folder in diffusers' layout is wanted"),
@@ -483,7 +483,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
             settings("model_index.json", _class_name="StableDiffusionPipeline"),
             lambda base: shutil.rmtree(base / "text_encoder_2"),
         ),
-        "no text_encoder_2 folder: it is a StableDiffusionPipeline, not Stable Diffusion XL",
+        "no text_encoder_2 folder: its pipeline is StableDiffusionPipeline, not Stable Diffusion XL's",
     ),
     "a variant that no component has": (
         lambda base: {"base": {"path": str(base), "variant": "fp16"}},
@@ -493,11 +493,13 @@ REFUSED: dict[str, tuple[Make, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_in_one_line(base: Path, name: str) -> None:
+def test_it_is_refused_in_one_line(base: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     make, fragment = REFUSED[name]
     made = make(base)
     config = parse_config(made if isinstance(made, dict) else {"base": {"path": str(base)}})
+    capfd.readouterr()
     said = one_line(lambda: check_sources(config, thorough=True))
+    assert capfd.readouterr() == ("", ""), "nothing else is printed"
     assert fragment in said
     assert said.startswith(str(base.parent)), "it names the file or folder at fault"
     # A replica of a hub's checkpoint is the first to see it.
