@@ -16,6 +16,7 @@ from serve_app.formats.imagine import routes as imagine
 from serve_app.formats.openai import routes as openai
 from serve_app.formats.openai.wire import encode_error as encode_openai_error
 from serve_app.formats.stability import routes as stability
+from serve_app.http.head import BoundedHead
 from serve_app.http.info import ServiceInfo, service_info
 from serve_app.http.page import add_page
 from serve_app.request.errors import MethodNotAllowed, RouteNotFound
@@ -55,6 +56,7 @@ def build_http_app(service: ImageService) -> FastAPI:
         return {"status": "ok", "model": model, "images_in_flight": service.admission.in_flight}
 
     add_page(app)
+    app.add_middleware(BoundedHead, envelope_of=_envelope)
 
     @app.exception_handler(HTTPException)
     async def unmatched(request: Request, error: HTTPException) -> Response:
@@ -62,7 +64,11 @@ def build_http_app(service: ImageService) -> FastAPI:
         path = request.url.path.removeprefix(request.scope.get("root_path", ""))  # Ray's route_prefix
         what = f"{request.method} {request.url.path}"
         message = f"{what}: method not allowed" if error.status_code == 405 else f"{what}: no such route; see /docs"
-        envelope = next((e for start, e in _ENVELOPES.items() if path.startswith(start)), None)
-        return error_response(kind(message), envelope or encode_openai_error, error.headers)
+        return error_response(kind(message), _envelope(path), error.headers)
 
     return app
+
+
+def _envelope(path: str) -> Envelope:
+    """The error envelope of the format that a path belongs to."""
+    return next((envelope for start, envelope in _ENVELOPES.items() if path.startswith(start)), encode_openai_error)

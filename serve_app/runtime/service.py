@@ -35,6 +35,8 @@ from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
+_ROWS_AT_ONCE = 32
+
 Event = Progress | LatentPreview | ImageReady
 
 
@@ -63,10 +65,12 @@ class ImageService:
         `on_event(row, event)`, where given, hears of each request on its way, with all the previews there are.
         """
         request_id = request_id or uuid.uuid4().hex
-        resolved = [
-            resolve(request, self.facts, self.config.limits, f"{request_id}-{row}" if row else request_id)
-            for row, request in enumerate(requests)
-        ]
+        resolved = []
+        for row, request in enumerate(requests):
+            place = f"{request_id}-{row}" if row else request_id
+            resolved.append(resolve(request, self.facts, self.config.limits, place))
+            if row % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
+                await asyncio.sleep(0)  # nobody else waits for the rows of a large body
         with self.admission.hold(sum(request.n for request in resolved)):
             try:
                 async with asyncio.TaskGroup() as group:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve_app.formats.answers import answered, json_response, read_body, with_headers
+from serve_app.formats.answers import answered, decoded, json_response, read_body, with_headers
 from serve_app.formats.automatic1111 import status as automatic1111_status
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.openapi import PICTURE_ERRORS, answer, errors, json_body, or_null
@@ -91,8 +91,10 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     async def txt2img(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
             content = await read_body(request, limits.max_body_bytes)
-            asked = automatic1111.decode(
-                content, names, limits.max_images_in_flight, secrets.randbits(32), facts.refined, facts.trajectory
+            most, seed = limits.max_images_in_flight, secrets.randbits(32)
+            asked = await decoded(
+                content,
+                lambda body: automatic1111.decode(body, names, most, seed, facts.refined, facts.trajectory),
             )
             results = await drawn(Body.of(asked.requests), request_id)
             response = await json_response(

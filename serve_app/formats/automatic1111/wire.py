@@ -171,6 +171,7 @@ def txt2img_schema() -> dict[str, Any]:
     }
 
 
+_MAX_TITLE_CHARS = 1_000
 _KNOWN = {*Txt2ImgFields.model_fields, *OWN_FIELDS}
 # webui's fields that are ours under the same or another name; the first two have webui's default where absent.
 _DEFAULTED = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
@@ -331,6 +332,8 @@ def _prompt_syntax(request: ImageRequest) -> list[str]:
 
 def _bare(title: str) -> str:
     """A checkpoint's name without what webui's titles add: "name.safetensors [0123456789]"."""
+    if len(title) > _MAX_TITLE_CHARS:  # a search through megabytes holds the interpreter
+        return title
     return re.sub(r"(\.safetensors)?( \[[0-9a-f]{1,64}\])?$", "", title.strip())
 
 
