@@ -30,14 +30,13 @@ from serve_app.request.schema import (
     StreamEvent,
 )
 from serve_app.runtime.admission import Admission
+from serve_app.runtime.events import Event, EventStream
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
 _ROWS_AT_ONCE = 32
-
-Event = Progress | LatentPreview | ImageReady
 
 
 class ImageService:
@@ -103,7 +102,9 @@ class ImageService:
 
         `partial_images`: previews of each image, 0 to 3; fewer come where the steps are fewer.
         Without `progress` and previews the denoisers report nothing.
-        The first event is `Accepted`: what is wrong with a request is raised before.
+        The first event is `Accepted`: what is wrong with a request is raised before. Progress is told about ten
+        times a second and the last of each stage always (`runtime/events.py`). Who reads slowly holds up nobody:
+        the request is in flight until it is drawn, not until it is read.
         """
         if not 0 <= partial_images <= MAX_PARTIAL_IMAGES:
             raise InvalidRequest(
@@ -114,24 +115,33 @@ class ImageService:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
             partial_images = 0
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-        with self.admission.hold(resolved.n):
-            listener = Listener(events.put_nowait, partial_images) if progress or partial_images else None
-            task = asyncio.create_task(self._draw(resolved, listener, events.put_nowait))
-            task.add_done_callback(lambda _: events.put_nowait(None))
-            try:
-                yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
-                if progress:
-                    yield Progress("encode")
-                while (event := await events.get()) is not None:
-                    if isinstance(event, LatentPreview):
-                        yield await asyncio.to_thread(self._preview, event, resolved)
-                    elif progress or not isinstance(event, Progress):
-                        yield event
-                yield await task
-            finally:
-                task.cancel()
-                await asyncio.wait([task])
+        events = EventStream()
+
+        def tell(event: Event) -> None:
+            if progress or not isinstance(event, Progress):
+                events.put(event)
+
+        release = self.admission.take_in(resolved.n)
+        listener = Listener(tell, partial_images) if progress or partial_images else None
+        tell(Progress("encode"))
+        task = asyncio.create_task(self._draw(resolved, listener, tell))
+
+        def drawn(task: asyncio.Task[ImageResult]) -> None:
+            release(not task.cancelled() and task.exception() is None)
+            events.close()
+
+        task.add_done_callback(drawn)
+        try:
+            yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
+            async for event in events:
+                if isinstance(event, LatentPreview):
+                    yield await asyncio.to_thread(self._preview, event, resolved)
+                else:
+                    yield event
+            yield await task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
         fields = parameters(request, index)

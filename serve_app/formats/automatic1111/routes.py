@@ -21,8 +21,9 @@ from serve_app.formats.automatic1111 import status as automatic1111_status
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.openapi import PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.request.schema import GeneratedImage, ImageReady, ImageRequest, ImageResult
+from serve_app.runtime.events import Event
 from serve_app.runtime.pipeline import LatentPreview
-from serve_app.runtime.service import Event, ImageService
+from serve_app.runtime.service import ImageService
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Floats
