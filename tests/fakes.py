@@ -120,5 +120,5 @@ class FakeStages:
         return Latents(samples, np.zeros(1, np.uint8), steps)
 
 
-def service(stages: FakeStages, facts: ModelFacts = FACTS, **limits: int) -> ImageService:
-    return ImageService(AppConfig(limits=Limits(**limits)), facts, stages.stages())
+def service(stages: FakeStages, facts: ModelFacts = FACTS, *, loopback: bool = False, **limits: int) -> ImageService:
+    return ImageService(AppConfig(limits=Limits(**limits), loopback=loopback), facts, stages.stages())

@@ -54,7 +54,7 @@ def _kind(info: FieldInfo) -> str:
         return ", ".join(f"`{str(value).lower()}`" for value in get_args(kind))
     if get_origin(kind) is tuple:
         return "a list of texts"
-    names: dict[Any, str] = {int: "a whole number", str: "a text"}
+    names: dict[Any, str] = {int: "a whole number", str: "a text", bool: "`true`, `false`"}
     return names[kind] + _bounds(info)
 
 
@@ -73,6 +73,8 @@ def _default(info: FieldInfo) -> str:
         return f"`{{path: {value.path}}}`"
     if isinstance(value, BaseModel):
         return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return ", ".join(f"`{one}`" for one in value) if isinstance(value, tuple) else f"`{value}`"
 
 

@@ -126,6 +126,11 @@ class AppConfig(_Strict):
     refiner_denoiser: DenoiserConfig = DenoiserConfig()
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     limits: Limits = Limits()
+    loopback: bool = Field(
+        False,
+        description="Nobody but this machine's own users reaches HTTP. Then webui's progress and interrupt need no "
+        "id_task. `sdxl-serve serve` sets it by the address that it binds.",
+    )
     max_ongoing_requests: int = Field(
         512,
         ge=1,

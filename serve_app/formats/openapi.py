@@ -8,7 +8,7 @@ Schema = dict[str, Any]
 
 _MEANINGS = {
     400: "The request is wrong: one line says what",
-    404: "No such model",
+    404: "No such model, or no such task",
     406: "`Accept` allows no form that the answer has",
     413: "The body is too large",
     415: "The Content-Type is not application/json",

@@ -60,6 +60,11 @@ class RouteNotFound(InvalidRequest):
     code = "not_found"
 
 
+class TaskNotFound(InvalidRequest):
+    status = 404
+    code = "task_not_found"
+
+
 class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"

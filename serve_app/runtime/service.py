@@ -17,7 +17,7 @@ from serve_app.config.settings import AppConfig
 from serve_app.pictures import infotext
 from serve_app.pictures.files import encode_image, encode_preview
 from serve_app.request.errors import InvalidRequest
-from serve_app.request.resolve import ModelFacts, ResolvedRequest, parameters, resolve
+from serve_app.request.resolve import ModelFacts, ResolvedRequest, check_priority, parameters, resolve
 from serve_app.request.schema import (
     MAX_PARTIAL_IMAGES,
     Accepted,
@@ -40,7 +40,10 @@ _ROWS_AT_ONCE = 32
 
 
 class ImageService:
-    """Turns requests into results over the four stages."""
+    """Turns requests into results over the four stages.
+
+    `any_priority`: the caller is the operator's own program, whom `limits.max_priority` does not bind.
+    """
 
     def __init__(self, config: AppConfig, facts: ModelFacts, stages: Stages) -> None:
         self.config = config
@@ -48,9 +51,11 @@ class ImageService:
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
 
-    async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
+    async def generate(
+        self, request: ImageRequest, request_id: str | None = None, *, any_priority: bool = False
+    ) -> ImageResult:
         """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
-        (result,) = await self.generate_all([request], request_id)
+        (result,) = await self.generate_all([request], request_id, any_priority=any_priority)
         return result
 
     async def generate_all(
@@ -58,6 +63,8 @@ class ImageService:
         requests: Sequence[ImageRequest],
         request_id: str | None = None,
         on_event: Callable[[int, Event], None] | None = None,
+        *,
+        any_priority: bool = False,
     ) -> list[ImageResult]:
         """Draws several requests that came as one: all are taken in, or none is.
 
@@ -67,7 +74,7 @@ class ImageService:
         resolved = []
         for row, request in enumerate(requests):
             place = f"{request_id}-{row}" if row else request_id
-            resolved.append(resolve(request, self.facts, self.config.limits, place))
+            resolved.append(self._resolve(request, place, any_priority))
             if row % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
                 await asyncio.sleep(0)  # nobody else waits for the rows of a large body
         with self.admission.hold(sum(request.n for request in resolved)):
@@ -96,7 +103,13 @@ class ImageService:
         return encode_preview(latents, self.facts.preview_map, width * 8, height * 8, "png")
 
     async def stream(
-        self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
+        self,
+        request: ImageRequest,
+        request_id: str | None = None,
+        partial_images: int = 0,
+        progress: bool = True,
+        *,
+        any_priority: bool = False,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Draws one request and yields its events on the way; the result comes last.
 
@@ -110,7 +123,7 @@ class ImageService:
             raise InvalidRequest(
                 f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
             )
-        resolved = resolve(request, self.facts, self.config.limits, request_id)
+        resolved = self._resolve(request, request_id, any_priority)
         if partial_images and self.facts.preview_map is None:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
@@ -142,6 +155,11 @@ class ImageService:
         finally:
             task.cancel()
             await asyncio.wait([task])
+
+    def _resolve(self, request: ImageRequest, request_id: str | None, any_priority: bool) -> ResolvedRequest:
+        if not any_priority:
+            check_priority(request, self.config.limits)
+        return resolve(request, self.facts, self.config.limits, request_id)
 
     def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
         fields = parameters(request, index)

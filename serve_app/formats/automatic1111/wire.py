@@ -67,6 +67,7 @@ class Decoded:
 
     requests: list[ImageRequest]
     send_images: bool
+    task_id: str | None
     parameters: dict[str, Any]  # webui's fields as given, its defaults elsewhere: the answer repeats them
     warnings: tuple[str, ...]
 
@@ -122,7 +123,7 @@ def decode(
     except InvalidRequest as error:
         raise in_words(error, COUNTERPARTS) from None
     warnings += _prompt_syntax(requests[0])
-    return Decoded(requests, asked.send_images, _repeated(asked), tuple(warnings))
+    return Decoded(requests, asked.send_images, asked.force_task_id or None, _repeated(asked), tuple(warnings))
 
 
 def encode(
