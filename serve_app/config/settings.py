@@ -6,6 +6,7 @@ Everything here is strict: an unknown key is an error that names it.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -143,6 +144,10 @@ class AppConfig(_Strict):
         """Equal for two configurations that load the same."""
         return self.model_dump_json(include={"base", "refiner", "vae"})
 
+    def listening_on(self, host: str) -> AppConfig:
+        """The same where HTTP is bound to this host, a name or an address."""
+        return self.model_copy(update={"loopback": _is_loopback(host)})
+
     @model_validator(mode="after")
     def _the_largest_picture_fits_a_batch(self) -> AppConfig:
         needs = {
@@ -168,6 +173,13 @@ class AppConfig(_Strict):
     def _batches_are_not_capped(self) -> AppConfig:
         check_max_ongoing_requests(self, self.max_ongoing_requests, "max_ongoing_requests")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_max_ongoing_requests(config: AppConfig, value: int, where: str, ingress_replicas: int = 1) -> None:

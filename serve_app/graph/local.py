@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -50,7 +49,7 @@ def running(
     options["port"] = options.get("port", 8000) if port is None else port
     own = address is None
     # Whoever binds the address knows best who reaches it; at an address it is as its configuration says.
-    app = config.app.model_copy(update={"loopback": _is_loopback(options["host"])}) if own else config.app
+    app = config.app.listening_on(options["host"]) if own else config.app
     http = http and config.proxy_location != "Disabled"
     if http and own:
         _check_port_free(options["host"], options["port"])
@@ -90,13 +89,6 @@ def running(
         if not own:
             serve.delete(APP_NAME)  # the cluster and what else it serves are not ours
         ray.shutdown()  # a Ray of our own ends with it, replicas and all
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_port_free(host: str, port: int) -> None:

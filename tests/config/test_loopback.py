@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.graph.local import _is_loopback
+from serve_app.config.settings import AppConfig
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,10 @@ from serve_app.graph.local import _is_loopback
         ("", False),
     ],
 )
-def test_which_addresses_nobody_else_reaches(host: str, loopback: bool) -> None:
-    assert _is_loopback(host) is loopback
+def test_who_binds_the_address_knows_whether_others_reach_it(host: str, loopback: bool) -> None:
+    for configured in (False, True):
+        assert AppConfig(loopback=configured).listening_on(host).loopback is loopback
+
+
+def test_nobody_says_so_by_default() -> None:
+    assert not AppConfig().loopback
