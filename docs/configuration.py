@@ -54,7 +54,7 @@ def _kind(info: FieldInfo) -> str:
         return ", ".join(f"`{str(value).lower()}`" for value in get_args(kind))
     if get_origin(kind) is tuple:
         return "a list of texts"
-    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "`true`, `false`"}
     return names[kind] + _bounds(info)
 
 
@@ -75,7 +75,7 @@ def _default(info: FieldInfo) -> str:
         return ""
     if isinstance(value, tuple):
         return ", ".join(f"`{one}`" for one in value) or "none"
-    return f"`{value}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 _INTRODUCTION = """\

@@ -121,7 +121,12 @@ class FakeStages:
 
 
 def service(
-    stages: FakeStages, facts: ModelFacts = FACTS, http: HttpConfig | None = None, **limits: int
+    stages: FakeStages,
+    facts: ModelFacts = FACTS,
+    http: HttpConfig | None = None,
+    *,
+    loopback: bool = False,
+    **limits: int,
 ) -> ImageService:
-    config = AppConfig(limits=Limits(**limits), http=http or HttpConfig())
+    config = AppConfig(limits=Limits(**limits), http=http or HttpConfig(loopback=loopback))
     return ImageService(config, facts, stages.stages())

@@ -55,6 +55,7 @@ PURE = (
     "runtime.tasks",
     "runtime.scheduling",
     "runtime.admission",
+    "runtime.events",
     "demo",
     "demo.grammar",
     "load.profiles",

@@ -132,6 +132,11 @@ class HttpConfig(_Strict):
         "`http_options.host`: `sdxl.example.com`, `*.example.com` for all below it, `*` for any. Others are refused "
         "(403): a web page can make its own name lead here.",
     )
+    loopback: bool = Field(
+        False,
+        description="Nobody but this machine's own users reaches HTTP. Then webui's progress and interrupt need no "
+        "id_task. `sdxl-serve serve` sets it by the address that it binds.",
+    )
     cors_origins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (),
         description="Web pages of other origins that may use the service, such as `https://app.example.com`; `*` is "
@@ -195,12 +200,12 @@ class AppConfig(_Strict):
         return self.model_dump_json(include={"base", "refiner", "vae"})
 
     def listening_on(self, host: str | None) -> AppConfig:
-        """The same where HTTP is bound to this host: its name, if it is one, is among those allowed."""
+        """The same where HTTP is bound to this host: a name is among those allowed, and loopback is known as such."""
         name = (host or "").lower()
-        if not _HOST.fullmatch(name) or _is_address(name) or name in self.http.allowed_hosts:
-            return self
-        http = self.http.model_copy(update={"allowed_hosts": (*self.http.allowed_hosts, name)})
-        return self.model_copy(update={"http": http})
+        told: dict[str, Any] = {"loopback": _is_loopback(name)}
+        if _HOST.fullmatch(name) and not _is_address(name) and name not in self.http.allowed_hosts:
+            told["allowed_hosts"] = (*self.http.allowed_hosts, name)
+        return self.model_copy(update={"http": self.http.model_copy(update=told)})
 
     @model_validator(mode="after")
     def _the_largest_picture_fits_a_batch(self) -> AppConfig:
@@ -235,6 +240,13 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_max_ongoing_requests(config: AppConfig, value: int, where: str, ingress_replicas: int = 1) -> None:

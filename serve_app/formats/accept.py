@@ -10,6 +10,7 @@ from serve_app.request.errors import NotAcceptable
 
 _QUALITY = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?", re.ASCII)
 _MAX_RANGES = 50
+_MAX_CHARS = 8_192
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def _quality(media_type: str, ranges: Sequence[_Range]) -> float:
 
 def _ranges(accept: str) -> list[_Range]:
     """The header's media ranges. One whose quality can't be read takes nothing."""
+    if len(accept) > _MAX_CHARS:
+        raise NotAcceptable(f"Accept: longer than {_MAX_CHARS} characters", param="Accept")
     ranges = []
     for element in accept.split(",")[:_MAX_RANGES]:
         media_type, *parameters = (part.strip().lower() for part in element.split(";"))

@@ -7,7 +7,8 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -19,12 +20,17 @@ from serve_app.request.schema import ImageResult
 
 logger = logging.getLogger("ray.serve")
 
+T = TypeVar("T")
 Envelope = Callable[[ServiceError], dict[str, Any]]
 
 # In the ASGI scope of a GET that came as HEAD: its answer's body goes nowhere.
 HEAD_ONLY = "serve_app.head_only"
 # Bytes. Proxies in front hold all headers of an answer in 4 or 8 KB.
 _MAX_WARNING, _MAX_WARNINGS_HEADER = 250, 990
+# The largest body that is decoded on the event loop; there a worse one of this size takes some milliseconds.
+_INLINE_BYTES = 16 * 2**10
+# One thread: several large bodies at once would keep the interpreter from the event loop for that much longer.
+_DECODER = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
 
 async def answered(request: Request, answer: Callable[[str], Awaitable[Response]], envelope: Envelope) -> Response:
@@ -50,8 +56,23 @@ def as_service_error(error: Exception, request_id: str) -> ServiceError:
 
 async def json_response(encode: Callable[[], Any]) -> Response:
     """A JSON answer, encoded in a thread: pictures in base64 are megabytes."""
-    content = await asyncio.to_thread(lambda: json.dumps(encode(), separators=(",", ":")).encode())
+    content = await asyncio.to_thread(lambda: _json(encode()))
     return Response(content, media_type="application/json")
+
+
+def _json(content: Any) -> bytes:
+    # Text by text: all in one call would keep the interpreter from the event loop until the last picture.
+    written = bytearray()
+    for part in json.JSONEncoder(separators=(",", ":")).iterencode(content):
+        written += part.encode()
+    return bytes(written)
+
+
+async def decoded(body: bytes, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of a body: in a thread where it is large, so that the event loop goes on meanwhile."""
+    if len(body) <= _INLINE_BYTES:
+        return decode(body)
+    return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, body)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

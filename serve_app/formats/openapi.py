@@ -9,7 +9,7 @@ Schema = dict[str, Any]
 _MEANINGS = {
     400: "The request is wrong: one line says what",
     403: "Asked by a page of another origin, or under a name that is not this service's",
-    404: "No such model",
+    404: "No such model, or no such task",
     406: "`Accept` allows no form that the answer has",
     408: "The body did not arrive in time, or no answer was there in the time that the request has",
     413: "The body is too large",

@@ -51,14 +51,14 @@ class Ingress:
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """Draws a request. Raises a `ServiceError`."""
-        return await self._service.generate(request)
+        return await self._service.generate(request, any_priority=True)
 
     async def stream(self, request: ImageRequest, partial_images: int = 0) -> AsyncIterator[StreamEvent]:
         """Draws a request and yields its events on the way; the `ImageResult` comes last.
 
         For `handle.options(stream=True).stream.remote(request)`. `partial_images`: previews of each image, 0 to 3.
         """
-        async for event in self._service.stream(request, partial_images=partial_images):
+        async for event in self._service.stream(request, partial_images=partial_images, any_priority=True):
             yield event
 
     async def drain(self) -> None:

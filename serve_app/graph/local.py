@@ -48,6 +48,8 @@ def running(
     options["host"] = host or options.get("host", "127.0.0.1")
     options["port"] = options.get("port", 8000) if port is None else port
     own = address is None
+    # Whoever binds the address knows best who reaches it; at an address it is as its configuration says.
+    app = config.app.listening_on(options["host"]) if own else config.app
     http = http and config.proxy_location != "Disabled"
     if http and own:
         _check_port_free(options["host"], options["port"])
@@ -72,7 +74,7 @@ def running(
             serve.start(proxy_location="Disabled")
         try:
             handle = serve.run(
-                build_graph(config.app.listening_on(host), config.deployments),
+                build_graph(app, config.deployments),
                 name=APP_NAME,
                 route_prefix=config.route_prefix,
                 logging_config=config.logging_config,

@@ -22,6 +22,7 @@ from serve_app.http.conventions import Conventions
 from serve_app.http.documents import add_docs
 from serve_app.http.envelopes import envelope_of, error_answer
 from serve_app.http.guard import Cors, OriginGuard, RequestGuard
+from serve_app.http.head import BoundedHead
 from serve_app.http.info import ServiceInfo, service_info
 from serve_app.http.page import add_page
 from serve_app.request.errors import (
@@ -78,6 +79,7 @@ def build_http_app(service: ImageService, missing: Missing = _none_missing) -> F
     if config.http.cors_origins:
         app.add_middleware(Cors, config=config.http)
     app.add_middleware(OriginGuard, config=config.http)
+    app.add_middleware(BoundedHead)
     app.add_middleware(Conventions)
     return app
 

@@ -28,6 +28,7 @@ class ServiceInfo(BaseModel):
     max_pixels: int = Field(description="Most pixels of one picture, width x height.")
     max_steps: int = Field(description="Most denoising steps, base and refiner together.")
     max_images: int = Field(description="Most pictures of one request.")
+    max_priority: int = Field(description="The highest `priority` of a request over HTTP.")
     max_partial_images: int = Field(description="Most previews of a picture; 0 where this checkpoint's VAE gives none.")
     native_scheduler: str = Field(description="The checkpoint's own scheduler, which draws where none is named.")
     schedulers: list[str] = Field(description="Names that `scheduler` takes.")
@@ -57,6 +58,7 @@ def service_info(config: AppConfig, facts: ModelFacts) -> ServiceInfo:
         max_pixels=limits.max_pixels,
         max_steps=limits.max_steps,
         max_images=min(MAX_IMAGES, limits.max_images_in_flight),
+        max_priority=limits.max_priority,
         max_partial_images=0 if facts.decoder.preview_map is None else MAX_PARTIAL_IMAGES,
         native_scheduler=facts.base.native_scheduler,
         schedulers=list(NAMES),

@@ -55,7 +55,9 @@ class Kind(_Strict):
     schedulers: Annotated[tuple[SchedulerName, ...], _Many] | None = Field(
         None, description="Scheduler names; the checkpoint's own if absent."
     )
-    priority: Annotated[tuple[int, ...], _Many] | None = Field(None, description="Passed on as `priority`.")
+    priority: Annotated[tuple[int, ...], _Many] | None = Field(
+        None, description="Passed on as `priority`, which the service bounds by its `limits.max_priority`."
+    )
     deadline_s: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], _Many] | None = Field(
         None, description="Passed on as `deadline_s`, and the request's own SLO."
     )

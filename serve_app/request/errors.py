@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+_MAX_MESSAGE_CHARS = 2_000  # a message may quote what a caller sent
+
+
 class ServiceError(Exception):
     """An error with one clear line for the caller.
 
     Attributes:
-        message: one line, safe to show to anybody.
+        message: one line, safe to show to anybody; a long one is cut.
         param: the request field at fault, if one is.
         retry_after_s: seconds after which the same request may succeed; None if it will not.
     """
@@ -25,6 +28,8 @@ class ServiceError(Exception):
     code: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        if len(message) > _MAX_MESSAGE_CHARS:
+            message = message[:_MAX_MESSAGE_CHARS] + " ..."
         super().__init__(message)
         self.message = message
         self.param = param
@@ -62,6 +67,11 @@ class RouteNotFound(InvalidRequest):
     code = "not_found"
 
 
+class TaskNotFound(InvalidRequest):
+    status = 404
+    code = "task_not_found"
+
+
 class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"
@@ -92,6 +102,13 @@ class RequestTimeout(ServiceError):
 class BodyTooLarge(InvalidRequest):
     status = 413
     code = "request_too_large"
+
+
+class HeadTooLarge(InvalidRequest):
+    """The address and the headers of a request are longer than any request of ours needs."""
+
+    status = 431
+    code = "request_header_fields_too_large"
 
 
 class UnsupportedMediaType(InvalidRequest):

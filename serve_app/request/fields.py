@@ -184,7 +184,8 @@ class UrgencyFields(FieldGroup):
         0,
         ge=-100,
         le=100,
-        description="Larger goes first in every stage; what waits is overtaken a bounded number of times.",
+        description="Larger goes first in every stage; what waits is overtaken a bounded number of times. Over HTTP "
+        "at most the service's `limits.max_priority`, 0 unless it is set.",
     )
     deadline_s: float | None = Field(
         None,

@@ -29,6 +29,14 @@ class Limits(BaseModel):
         128, ge=1, description="Images one ingress replica takes in at once; beyond it answers 503 with Retry-After."
     )
 
+    max_priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="The highest priority of a request over HTTP; a higher one is refused (400). The Python handle is "
+        "not bound by it.",
+    )
+
     @model_validator(mode="after")
     def _something_fits(self) -> Limits:
         if self.min_side_px > self.max_side_px:

@@ -138,6 +138,16 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
     )
 
 
+def check_priority(request: ImageRequest, limits: Limits) -> None:
+    """Raises `InvalidRequest` where a request is more urgent than a client may say."""
+    if request.priority > limits.max_priority:
+        raise InvalidRequest(
+            f"priority: {request.priority} is above {limits.max_priority}, this service's limits.max_priority over "
+            "HTTP",
+            param="priority",
+        )
+
+
 def check_native_size(native_size_px: int, limits: Limits) -> None:
     """Raises `ConfigurationError` where a request that names no size would be refused."""
     try:

@@ -32,7 +32,17 @@ class Admission:
 
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
-        """Takes in that many images, or raises `Overloaded` or `Draining` with the seconds to wait."""
+        """Takes in that many images until the block ends, or raises `Overloaded` with the seconds to wait."""
+        release = self.take_in(images)
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            release(finished)
+
+    def take_in(self, images: int) -> Callable[[bool], None]:
+        """As `hold`, until what it returns is called, once: with whether the images were finished."""
         if images > self.max_images:
             raise InvalidRequest(
                 f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
@@ -49,11 +59,8 @@ class Admission:
         if not self.in_flight:
             self._working_since = self._clock()
         self.in_flight += images
-        finished = False
-        try:
-            yield
-            finished = True
-        finally:
+
+        def release(finished: bool) -> None:
             now = self._clock()
             took_s = self._since_departure_s(now)
             self.in_flight -= images
@@ -62,6 +69,8 @@ class Admission:
                 self._left.append((now, images, took_s))
                 self._worked_s = 0.0
             self._forget(now)
+
+        return release
 
     def retry_after_s(self, images: int) -> float:
         """Seconds until that many images fit, whole and at least 1, at the rate of the last minute."""

@@ -18,7 +18,7 @@ from serve_app.pictures import infotext
 from serve_app.pictures.files import encode_image, encode_preview
 from serve_app.request.errors import InvalidRequest
 from serve_app.request.facts import ModelFacts
-from serve_app.request.resolve import ResolvedRequest, parameters, resolve
+from serve_app.request.resolve import ResolvedRequest, check_priority, parameters, resolve
 from serve_app.request.schema import (
     MAX_PARTIAL_IMAGES,
     Accepted,
@@ -31,16 +31,20 @@ from serve_app.request.schema import (
     StreamEvent,
 )
 from serve_app.runtime.admission import Admission
+from serve_app.runtime.events import Event, EventStream
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
-Event = Progress | LatentPreview | ImageReady
+_ROWS_AT_ONCE = 32
 
 
 class ImageService:
-    """Turns requests into results over the four stages."""
+    """Turns requests into results over the four stages.
+
+    `any_priority`: the caller is the operator's own program, whom `limits.max_priority` does not bind.
+    """
 
     def __init__(self, config: AppConfig, facts: ModelFacts, stages: Stages) -> None:
         self.config = config
@@ -59,11 +63,13 @@ class ImageService:
 
     def check(self, request: ImageRequest) -> None:
         """Raises what is wrong with a request, as `generate` would, and draws nothing."""
-        resolve(request, self.facts, self.config.limits)
+        self._resolve(request, None, any_priority=False)
 
-    async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
+    async def generate(
+        self, request: ImageRequest, request_id: str | None = None, *, any_priority: bool = False
+    ) -> ImageResult:
         """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
-        (result,) = await self.generate_all([request], request_id)
+        (result,) = await self.generate_all([request], request_id, any_priority=any_priority)
         return result
 
     async def generate_all(
@@ -71,16 +77,20 @@ class ImageService:
         requests: Sequence[ImageRequest],
         request_id: str | None = None,
         on_event: Callable[[int, Event], None] | None = None,
+        *,
+        any_priority: bool = False,
     ) -> list[ImageResult]:
         """Draws several requests that came as one: all are taken in, or none is.
 
         `on_event(row, event)`, where given, hears of each request on its way, with all the previews there are.
         """
         request_id = request_id or uuid.uuid4().hex
-        resolved = [
-            resolve(request, self.facts, self.config.limits, f"{request_id}-{row}" if row else request_id)
-            for row, request in enumerate(requests)
-        ]
+        resolved = []
+        for row, request in enumerate(requests):
+            place = f"{request_id}-{row}" if row else request_id
+            resolved.append(self._resolve(request, place, any_priority))
+            if row % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
+                await asyncio.sleep(0)  # nobody else waits for the rows of a large body
         with self.admission.hold(sum(request.n for request in resolved)):
             try:
                 async with asyncio.TaskGroup() as group:
@@ -107,41 +117,63 @@ class ImageService:
         return encode_preview(latents, self.facts.decoder.preview_map, width * 8, height * 8, "png")
 
     async def stream(
-        self, request: ImageRequest, request_id: str | None = None, partial_images: int = 0, progress: bool = True
+        self,
+        request: ImageRequest,
+        request_id: str | None = None,
+        partial_images: int = 0,
+        progress: bool = True,
+        *,
+        any_priority: bool = False,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Draws one request and yields its events on the way; the result comes last.
 
         `partial_images`: previews of each image, 0 to 3; fewer come where the steps are fewer.
         Without `progress` and previews the denoisers report nothing.
-        The first event is `Accepted`: what is wrong with a request is raised before.
+        The first event is `Accepted`: what is wrong with a request is raised before. Progress is told about ten
+        times a second and the last of each stage always (`runtime/events.py`). Who reads slowly holds up nobody:
+        the request is in flight until it is drawn, not until it is read.
         """
         if not 0 <= partial_images <= MAX_PARTIAL_IMAGES:
             raise InvalidRequest(
                 f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
             )
-        resolved = resolve(request, self.facts, self.config.limits, request_id)
+        resolved = self._resolve(request, request_id, any_priority)
         if partial_images and self.facts.decoder.preview_map is None:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
             partial_images = 0
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-        with self.admission.hold(resolved.n):
-            listener = Listener(events.put_nowait, partial_images) if progress or partial_images else None
-            task = asyncio.create_task(self._draw(resolved, listener, events.put_nowait))
-            task.add_done_callback(lambda _: events.put_nowait(None))
-            try:
-                yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
-                if progress:
-                    yield Progress("encode")
-                while (event := await events.get()) is not None:
-                    if isinstance(event, LatentPreview):
-                        yield await asyncio.to_thread(self._preview, event, resolved)
-                    elif progress or not isinstance(event, Progress):
-                        yield event
-                yield await task
-            finally:
-                task.cancel()
-                await asyncio.wait([task])
+        events = EventStream()
+
+        def tell(event: Event) -> None:
+            if progress or not isinstance(event, Progress):
+                events.put(event)
+
+        release = self.admission.take_in(resolved.n)
+        listener = Listener(tell, partial_images) if progress or partial_images else None
+        tell(Progress("encode"))
+        task = asyncio.create_task(self._draw(resolved, listener, tell))
+
+        def drawn(task: asyncio.Task[ImageResult]) -> None:
+            release(not task.cancelled() and task.exception() is None)
+            events.close()
+
+        task.add_done_callback(drawn)
+        try:
+            yield Accepted(resolved.request_id, resolved.seed, resolved.warnings)
+            async for event in events:
+                if isinstance(event, LatentPreview):
+                    yield await asyncio.to_thread(self._preview, event, resolved)
+                else:
+                    yield event
+            yield await task
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _resolve(self, request: ImageRequest, request_id: str | None, any_priority: bool) -> ResolvedRequest:
+        if not any_priority:
+            check_priority(request, self.config.limits)
+        return resolve(request, self.facts, self.config.limits, request_id)
 
     def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
         fields = parameters(request, index)

@@ -126,7 +126,7 @@ def check_events(events: list[Any]) -> None:
     assert isinstance(result, ImageResult)
     check_result(result)
     assert [event.stage for event in way if isinstance(event, Progress) and event.image == 0] == [
-        "encode", "denoise", "denoise", "refine", "decode"
+        "encode", "denoise", "refine", "decode"
     ]  # fmt: skip
     assert Progress("denoise", 1, 2, 2) in way
     previews = [event for event in way if isinstance(event, PartialImage)]

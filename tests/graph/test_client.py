@@ -39,7 +39,8 @@ def check(result: ImageResult, expected: np.ndarray) -> None:
 
 def check_events(events: list[ImageEvent], expected: np.ndarray) -> None:
     steps = [(event.stage, event.step) for event in events if isinstance(event, Progress) and event.step]
-    assert steps == [*(("denoise", step) for step in range(1, 9)), ("refine", 1), ("refine", 2)]
+    assert {("denoise", 8), ("refine", 2)} <= set(steps), "of many steps a second the latest, and the last of a stage"
+    assert steps == sorted(set(steps))
     assert [event.index for event in events if isinstance(event, PartialImage)] == [0, 1]
     ready, result = events[-2:]
     assert isinstance(ready, ImageReady) and isinstance(result, ImageResult)
@@ -71,7 +72,7 @@ async def test_a_closed_stream_leaves_no_task_behind(graph: Running) -> None:
         aclosing(client.stream(PROMPT, num_inference_steps=200, n=4, width=256, height=256)) as stream,
     ):
         async for event in stream:
-            if isinstance(event, Progress) and event.step == 2:
+            if isinstance(event, Progress) and event.step >= 2:
                 break
     async with asyncio.timeout(60):
         while (now := await stats("BaseDenoiser"))["active"] or now["cancelled"] < before["cancelled"] + 4:

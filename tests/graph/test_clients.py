@@ -167,7 +167,7 @@ def test_webui_s_progress_and_interrupt(graph: Running) -> None:
     answer: dict[str, Any] = {}
 
     def draw() -> None:
-        body = {"prompt": PROMPT, "steps": 200, "batch_size": 4, "width": 256, "height": 256}
+        body = {"prompt": PROMPT, "steps": 200, "batch_size": 4, "width": 256, "height": 256, "force_task_id": "mine"}
         answer.update(httpx.post(f"{graph.url}/sdapi/v1/txt2img", json=body, timeout=300).json())
 
     thread = threading.Thread(target=draw)
@@ -181,6 +181,11 @@ def test_webui_s_progress_and_interrupt(graph: Running) -> None:
             if len(seen) >= 5 and now["progress"] > 0.1:
                 break
         time.sleep(0.05)
+    named = httpx.post(f"{graph.url}/internal/progress", json={"id_task": "mine"}, timeout=120).json()
+    assert named["active"] and named["progress"] >= seen[-1]
+    another = httpx.post(f"{graph.url}/sdapi/v1/interrupt", params={"id_task": "theirs"}, timeout=120)
+    assert another.status_code == 404
+    # Of no name, since the fixture binds loopback.
     assert httpx.post(f"{graph.url}/sdapi/v1/interrupt", timeout=120).status_code == 200
     thread.join(timeout=180)
     assert answer["images"] == [] and "interrupted" in answer["warnings"][0]

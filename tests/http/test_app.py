@@ -527,6 +527,7 @@ async def test_the_openapi_document_lists_every_route_and_field() -> None:
         "/sdapi/v1/options": {"get"},
         "/sdapi/v1/cmd-flags": {"get"},
         "/internal/ping": {"get"},
+        "/internal/progress": {"post"},
         "/v1/generation/{engine}/text-to-image": {"post"},
         "/v1/engines/list": {"get"},
         "/v1/sdxl/info": {"get"},

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from serve_app.config.settings import AppConfig
+from serve_app.formats.automatic1111 import status as automatic1111_status
 from serve_app.http.app import build_http_app
 from serve_app.pictures.files import read_parameters
 from serve_app.pictures.infotext import parse_infotext
@@ -163,7 +164,7 @@ async def test_txt2img_draws_batches_with_consecutive_seeds_and_their_infotexts(
 
 async def test_progress_is_of_the_oldest_and_nothing_when_idle() -> None:
     fake = FakeStages(gate=asyncio.Event(), held_seed=7)
-    async with a_client(service(fake)) as client:
+    async with a_client(service(fake, loopback=True)) as client:
         idle = (await client.get("/sdapi/v1/progress")).json()
         assert (idle["progress"], idle["state"]["job_count"], idle["current_image"]) == (0, 0, None)
         drawing = asyncio.create_task(client.post(TXT2IMG, json=BODIES[TXT2IMG] | {"seed": 6, "batch_size": 2}))
@@ -185,7 +186,7 @@ async def test_progress_is_of_the_oldest_and_nothing_when_idle() -> None:
 @pytest.mark.parametrize("path", ["/sdapi/v1/interrupt", "/sdapi/v1/skip"])
 async def test_an_interrupted_txt2img_answers_with_what_is_finished_and_frees_the_rest(path: str) -> None:
     fake = FakeStages(gate=asyncio.Event(), held_seed=7)
-    images = service(fake)
+    images = service(fake, loopback=True)
     async with a_client(images) as client:
         assert (await client.post(path)).json() == {}, "nothing to interrupt is no error"
         drawing = asyncio.create_task(client.post(TXT2IMG, json=BODIES[TXT2IMG] | {"seed": 6, "batch_size": 2}))
@@ -203,13 +204,147 @@ async def test_an_interrupted_txt2img_answers_with_what_is_finished_and_frees_th
 
 async def test_one_that_is_interrupted_before_its_first_picture_has_none() -> None:
     fake = FakeStages(gate=asyncio.Event())
-    async with a_client(service(fake)) as client:
+    async with a_client(service(fake, loopback=True)) as client:
         drawing = asyncio.create_task(client.post(TXT2IMG, json=BODIES[TXT2IMG]))
         await fake.entered.wait()
         await client.post("/sdapi/v1/interrupt")
         async with asyncio.timeout(20):
             body = (await drawing).json()
     assert body["images"] == [] and json.loads(body["info"])["infotexts"] == []
+
+
+async def begun(client: httpx.AsyncClient, fake: FakeStages, **fields: Any) -> asyncio.Task[httpx.Response]:
+    """A txt2img of two pictures, the first of which is finished and the second, of seed 7, is held."""
+    drawing = asyncio.create_task(client.post(TXT2IMG, json=BODIES[TXT2IMG] | {"seed": 6, "batch_size": 2} | fields))
+    async with asyncio.timeout(20):
+        await fake.entered.wait()
+        while sum(call.startswith("decode") for call in fake.calls) < 1:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+    return drawing
+
+
+async def test_a_client_follows_and_ends_its_own_work_alone() -> None:
+    fake = FakeStages(gate=asyncio.Event(), held_seed=7)
+    images = service(fake)
+    async with a_client(images) as client, asyncio.timeout(20):
+        mine = await begun(client, fake, force_task_id="mine")
+        theirs = asyncio.create_task(client.post(TXT2IMG, json=BODIES[TXT2IMG] | {"seed": 7, "force_task_id": "b"}))
+        while len(fake.tasks) < 4:  # two of the first body, its refiner's, and the second body's
+            await asyncio.sleep(0.01)
+
+        async def progress(**query: str) -> dict[str, Any]:
+            return dict((await client.get("/sdapi/v1/progress", params=query)).json())
+
+        async def task(**fields: Any) -> dict[str, Any]:
+            response = await client.post("/internal/progress", json=fields)
+            assert response.status_code == 200
+            return dict(response.json())
+
+        while (await progress(id_task="mine"))["state"]["job_no"] < 1:
+            await asyncio.sleep(0.01)
+        assert (await progress(id_task="mine"))["progress"] == 0.5
+        assert (await progress(id_task="b"))["state"]["job_count"] == 1
+        idle = automatic1111_status.encode_progress(None)
+        assert await progress() == await progress(id_task="other") == await progress(id_task="") == idle
+
+        told = await task(id_task="mine")
+        assert (told["active"], told["queued"], told["completed"], told["progress"]) == (True, False, False, 0.5)
+        assert told["live_preview"].startswith("data:image/png;base64,") and told["id_live_preview"] > 0
+        again = await task(id_task="mine", id_live_preview=told["id_live_preview"])
+        assert (again["live_preview"], again["id_live_preview"]) == (None, told["id_live_preview"])
+        assert (await task(id_task="mine", live_preview=False))["live_preview"] is None
+        waiting = await task(id_task="b")
+        assert (waiting["active"], waiting["queued"], waiting["progress"]) == (False, True, None)
+        unknown = await task(id_task="other")
+        assert (unknown["active"], unknown["queued"], unknown["completed"]) == (False, False, False)
+        assert await task() == unknown
+
+        for path in ("/sdapi/v1/interrupt", "/sdapi/v1/skip"):
+            unnamed = await client.post(path)
+            assert unnamed.status_code == 400 and "force_task_id" in unnamed.json()["detail"]
+            assert (await client.post(path, params={"id_task": "other"})).status_code == 404
+        assert fake.cancelled == []
+        assert (await client.post("/sdapi/v1/interrupt", params={"id_task": "mine"})).json() == {}
+        assert len((await mine).json()["images"]) == 1
+        assert fake.cancelled == ["denoise 7"] and images.admission.in_flight == 1
+        assert (await task(id_task="mine"))["completed"] is True
+        assert (await client.post("/sdapi/v1/interrupt", params={"id_task": "mine"})).status_code == 200, "it is over"
+        assert fake.gate is not None
+        fake.gate.set()
+        assert len((await theirs).json()["images"]) == 1
+        assert (await task(id_task="b"))["completed"] is True
+
+
+async def test_two_txt2img_of_one_name_are_not_under_way_at_once() -> None:
+    fake = FakeStages(gate=asyncio.Event())
+    async with a_client(service(fake)) as client, asyncio.timeout(20):
+        body = BODIES[TXT2IMG] | {"force_task_id": "mine"}
+        first = asyncio.create_task(client.post(TXT2IMG, json=body))
+        await fake.entered.wait()
+        second = await client.post(TXT2IMG, json=body)
+        assert second.status_code == 400 and second.json()["detail"].startswith("force_task_id")
+        assert (await client.post("/internal/progress", json={"id_task": "mine"})).json()["queued"] is True
+        assert fake.gate is not None
+        fake.gate.set()
+        assert (await first).status_code == 200
+        assert (await client.post(TXT2IMG, json=body)).status_code == 200, "the name is free again"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"id_task": 5}', 400),
+        (b'{"id_live_preview": "x"}', 400),
+        (b'{"id_task": "a", "live_preview": null}', 200),
+    ],
+)
+async def test_a_question_about_a_task_is_read_strictly(body: bytes, status: int) -> None:
+    async with a_client(service(FakeStages())) as client:
+        response = await client.post("/internal/progress", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == status
+        unknown = await client.post("/internal/progress", json={"id_task": "a", "own": 1})
+        assert json.loads(unknown.headers["x-sdxl-warnings"]) == ["own is unknown and was ignored"]
+
+
+PRIORITIES = {
+    "/v1/images/generations": {"prompt": "p", "priority": "@"},
+    "/score": {"input_data": {"prompt": ["p"], "parameters": {"priority": "@"}}},
+    "/hugging-face/text-to-image": {"inputs": "p", "parameters": {"priority": "@"}},
+    TXT2IMG: {"prompt": "p", "priority": "@"},
+    "/v1/generation/sdxl/text-to-image": {"text_prompts": [{"text": "p"}], "extras": {"priority": "@"}},
+}
+
+
+@pytest.mark.parametrize("path", [*PRIORITIES, "stream", "/imagine"])
+@pytest.mark.parametrize(
+    ("most", "priority", "status"), [(0, 0, 200), (0, -100, 200), (0, 1, 400), (5, 5, 200), (5, 6, 400)]
+)
+async def test_nobody_over_http_is_more_urgent_than_the_service_allows(
+    path: str, most: int, priority: int, status: int
+) -> None:
+    fake = FakeStages()
+    async with a_client(service(fake, max_priority=most)) as client:
+        assert (await client.get("/v1/sdxl/info")).json()["max_priority"] == most
+        if path == "/imagine":
+            response = await client.get(path, params={"prompt": "p", "priority": priority})
+        else:
+            streams = path == "stream"
+            body = PRIORITIES["/v1/images/generations" if streams else path]
+            content = json.dumps(body | ({"stream": True} if streams else {})).replace('"@"', str(priority))
+            response = await client.post(
+                "/v1/images/generations" if streams else path,
+                content=content.encode(),
+                headers={"Content-Type": "application/json"},
+            )
+    assert response.status_code == status
+    if status == 400:
+        assert f"priority: {priority} is above {most}, this service's limits.max_priority" in response.text
+        assert fake.calls == []
+    else:
+        assert {urgency.priority for urgency in fake.urgencies("encode")} == {priority}
 
 
 async def test_what_webui_s_clients_read_is_there() -> None:

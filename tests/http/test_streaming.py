@@ -13,6 +13,8 @@ import pytest
 
 from serve_app.http.app import build_http_app
 from serve_app.pictures.files import read_parameters
+from serve_app.runtime.pipeline import OnStep
+from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
 from tests.fakes import FakeStages, service
 from tests.http.test_app import GENERATIONS, a_client, openai_error, post
 
@@ -64,7 +66,7 @@ async def test_previews_come_before_their_picture() -> None:
 async def test_progress_is_told_to_those_who_ask() -> None:
     events = events_of(await post(FakeStages(), GENERATIONS, {"prompt": "p", "stream": True, "progress": True}))
     told = [(event["stage"], event["step"], event["steps"]) for event in events[:-1]]
-    assert told == [("encode", 0, 0), ("denoise", 1, 2), ("denoise", 2, 2), ("refine", 1, 1), ("decode", 0, 0)]
+    assert told == [("encode", 0, 0), ("denoise", 2, 2), ("refine", 1, 1), ("decode", 0, 0)]
     assert {event["type"] for event in events[:-1]} == {"image_generation.progress"}
     assert all(event["queue_position"] is None for event in events[:-1])
 
@@ -107,6 +109,53 @@ async def test_a_fault_on_the_way_is_an_event_that_leaks_nothing(caplog: pytest.
     assert "secret" in caplog.text
 
 
+async def test_a_client_that_reads_nothing_is_drawn_and_held_little_of() -> None:
+    """Its socket takes one piece and no more for a while, over denoisers that tell a thousand steps."""
+
+    class Talkative(FakeStages):
+        async def _denoise(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
+            assert on_step is not None
+            for step in range(1, 1_001):
+                on_step(StepReport(step, 1_000))
+                if step % 10 == 0:
+                    await asyncio.sleep(0)
+            return await super()._denoise(task, on_step)
+
+    images = service(Talkative())
+    body = json.dumps({"prompt": "p", "stream": True, "progress": True, "n": 2, "seed": 1}).encode()
+    inbox = [{"type": "http.request", "body": body, "more_body": False}]
+    reads, sent = asyncio.Event(), bytearray()
+    blocked = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if inbox:
+            return inbox.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: dict[str, Any]) -> None:
+        if sent:
+            blocked.set()
+            await reads.wait()
+        sent.extend(message.get("body", b""))
+
+    async with asyncio.timeout(20):
+        serving = asyncio.create_task(build_http_app(images)(_scope(), receive, send))
+        await blocked.wait()
+        while images.admission.in_flight:
+            await asyncio.sleep(0.001)
+        reads.set()
+        await serving
+    blocks = [block.split("\ndata: ") for block in sent.decode().removesuffix("\n\n").split("\n\n")]
+    events = [json.loads(data) for _, data in blocks]
+    for image in (0, 1):
+        mine = [(event.get("stage"), event.get("step")) for event in events if event["image_index"] == image]
+        assert mine[-1] == (None, None), "the picture comes last"
+        told = [one for one in mine[:-1] if one[0] != "encode"]
+        assert told[-3:] == [("denoise", 2), ("refine", 1), ("decode", 0)], "after the last of each stage"
+    assert len(events) <= 2 * (3 + 1) + 3
+
+
 async def test_a_client_that_goes_away_frees_its_slots() -> None:
     fake = FakeStages(gate=asyncio.Event())
     images = service(fake)
@@ -126,14 +175,8 @@ async def test_a_client_that_goes_away_frees_its_slots() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http", "method": "POST", "path": GENERATIONS, "raw_path": GENERATIONS.encode(), "query_string": b"",
-        "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
-        "server": ("test", 80), "client": ("test", 1), "root_path": "",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-    }  # fmt: skip
     async with asyncio.timeout(20):
-        serving = asyncio.create_task(app(scope, receive, send))
+        serving = asyncio.create_task(app(_scope(), receive, send))
         await fake.entered.wait()
         assert images.admission.in_flight == 2
         gone.set()
@@ -142,3 +185,12 @@ async def test_a_client_that_goes_away_frees_its_slots() -> None:
             await asyncio.sleep(0)
     assert sorted(fake.cancelled) == ["denoise 1", "denoise 2"]
     assert sent[0]["status"] == 200
+
+
+def _scope() -> dict[str, Any]:
+    return {
+        "type": "http", "method": "POST", "path": GENERATIONS, "raw_path": GENERATIONS.encode(), "query_string": b"",
+        "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+        "server": ("test", 80), "client": ("test", 1), "root_path": "",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }  # fmt: skip

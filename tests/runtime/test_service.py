@@ -20,6 +20,8 @@ from serve_app.request.schema import (
     Progress,
     StreamEvent,
 )
+from serve_app.runtime.pipeline import OnStep
+from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
 from tests.fakes import FACTS, FakeStages, service
 
 
@@ -91,15 +93,14 @@ async def test_a_stream_tells_the_progress_and_then_the_result() -> None:
     assert events[0] == Accepted(events[-1].request_id, 1)  # type: ignore[union-attr]
     assert [event.stage for event in events if isinstance(event, Progress)] == [
         "encode",
-        "denoise",
-        "denoise",
+        "denoise",  # its last step alone: the first was over in the same moment
         "refine",
         "decode",
     ]
     ready, result = events[-2:]
     assert isinstance(ready, ImageReady) and isinstance(result, ImageResult)
     assert ready == ImageReady(0, result.images[0])
-    assert len(events) == 8
+    assert len(events) == 7
 
 
 async def test_a_stream_without_progress_asks_the_denoisers_for_none() -> None:
@@ -154,7 +155,37 @@ async def test_a_stream_that_fails_raises_after_its_progress() -> None:
     with pytest.raises(ValueError, match="no"):
         async for event in service(FakeStages(fail={"refine": ValueError("no")})).stream(ImageRequest(prompt="p")):
             events.append(event)
-    assert len(events) == 4
+    assert [type(event) for event in events] == [Accepted, Progress, Progress]
+    assert events[-1] == Progress("denoise", step=2, steps=2)
+
+
+async def test_who_reads_slowly_holds_up_nobody_and_keeps_little_waiting() -> None:
+    """A stream of which nothing is read but the first event, over denoisers that tell a thousand steps."""
+
+    class Talkative(FakeStages):
+        async def _denoise(self, task: DenoiseTask, on_step: OnStep | None) -> Latents:
+            assert on_step is not None
+            for step in range(1, 1_001):
+                on_step(StepReport(step, 1_000))
+                if step % 100 == 0:
+                    await asyncio.sleep(0)
+            return await super()._denoise(task, on_step)
+
+    images = service(Talkative(), max_images_in_flight=2)
+    streams = [images.stream(ImageRequest(prompt="p", n=2, seed=1), partial_images=1) for _ in range(3)]
+    async with asyncio.timeout(20):
+        for stream in streams:
+            assert isinstance(await anext(stream), Accepted)
+            while images.admission.in_flight:  # drawn, though nobody has read it: the next is taken in
+                await asyncio.sleep(0.001)
+    for stream in streams:
+        events = [event async for event in stream]
+        # Of each picture: four stages' last progress, a preview, and itself. The whole request: encode, its result.
+        assert len(events) <= 2 * (3 + 1 + 1) + 2
+        steps = [event.step for event in events if isinstance(event, Progress) and event.stage == "denoise"]
+        assert len(steps) == 2 and isinstance(events[-1], ImageResult)
+        assert sum(isinstance(event, ImageReady) for event in events) == 2
+        assert sum(isinstance(event, PartialImage) for event in events) == 2
 
 
 async def test_a_stream_that_nobody_reads_on_is_cancelled() -> None:

@@ -99,7 +99,12 @@ class Txt2ImgFields(BaseModel):
     hr_negative_prompt: str = Field("", description=_HIRES)
     token_merging_ratio: float = Field(0.0, description=_NOTHING)
     token_merging_ratio_hr: float = Field(0.0, description=_HIRES)
-    force_task_id: str | None = Field(None, description=Warns("Progress has no task ids. No effect (warns)."))
+    force_task_id: str | None = Field(
+        None,
+        max_length=200,
+        description="A name for this body, hard to guess: /internal/progress takes it as id_task, and, ours, so do "
+        "progress, interrupt and skip of /sdapi/v1 in the query. One that is under way already is an error.",
+    )
     comments: dict[str, Any] = Field(default_factory=dict, description=_NOTHING)
 
 
@@ -151,7 +156,6 @@ _ALSO_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hr_sampler_name": ("", "Use same sampler"),
     "hr_scheduler": ("", "Use same scheduler"),
     "firstpass_image": ("",),
-    "force_task_id": ("",),
 }
 _NEUTRAL_OVERRIDES: dict[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None", ""),

@@ -9,11 +9,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from serve_app import __version__
 from serve_app.formats.automatic1111.fields import DEFAULTS
+from serve_app.formats.json_body import parse_object
+from serve_app.formats.words import unknown_fields
 from serve_app.request.resolve import DEFAULT_QUALITY
 from serve_app.request.schedulers import AUTOMATIC, KARRAS, SCHEDULES, samplers
-from serve_app.request.schema import ImageReady, ImageRequest, Progress, StreamEvent
+from serve_app.request.schema import ImageReady, ImageRequest, Progress, StreamEvent, invalid_request
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,51 @@ def encode_progress(job: Job | None, preview: str | None = None) -> dict[str, An
         },
         "current_image": preview,
         "textinfo": None,
+    }
+
+
+class ProgressFields(BaseModel):
+    """The body of `POST /internal/progress`; null means absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id_task: str | None = Field(None, description="The force_task_id of a txt2img.")
+    id_live_preview: int = Field(-1, description="The last preview's number: the same preview is not sent again.")
+    live_preview: bool = Field(True, description="false: no preview.")
+
+
+def progress_schema() -> dict[str, Any]:
+    """JSON schema of that body; a field that it doesn't have warns."""
+    schema = ProgressFields.model_json_schema()
+    del schema["additionalProperties"]
+    return schema | {"example": {"id_task": "task(8f2c4a)", "live_preview": True}}
+
+
+def decode_progress(body: bytes) -> tuple[ProgressFields, list[str]]:
+    """What a body asks for, and what to warn of. Raises `InvalidRequest`."""
+    fields = {name: value for name, value in parse_object(body).items() if value is not None}
+    known = {name: value for name, value in fields.items() if name in ProgressFields.model_fields}
+    try:
+        return ProgressFields.model_validate(known), unknown_fields(name for name in fields if name not in known)
+    except ValidationError as error:
+        raise invalid_request(error) from None
+
+
+def encode_task_progress(
+    job: Job | None, completed: bool = False, preview: str | None = None, preview_number: int = -1
+) -> dict[str, Any]:
+    """`POST /internal/progress`. `job` is None when its task is not under way; `preview` is a PNG in base64."""
+    begun = job is not None and (job.step > 0 or job.images_done > 0)
+    known = encode_progress(job) if begun else {"progress": None, "eta_relative": None}
+    return {
+        "active": begun,
+        "queued": job is not None and not begun,
+        "completed": completed,
+        "progress": known["progress"],
+        "eta": known["eta_relative"],
+        "live_preview": None if preview is None else f"data:image/png;base64,{preview}",
+        "id_live_preview": preview_number,
+        "textinfo": None if begun else "Waiting..." if job is None else "In queue...",
     }
 
 
@@ -180,6 +229,22 @@ PICTURES_SCHEMA: dict[str, Any] = {
         "warnings": {"type": "array", "items": _TEXT},
     },
 }
+TASK_PROGRESS_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": [
+        "active", "queued", "completed", "progress", "eta", "live_preview", "id_live_preview", "textinfo",
+    ],
+    "properties": {
+        "active": {"type": "boolean", "description": "It has taken a step."},
+        "queued": {"type": "boolean", "description": "It waits for its first step."},
+        "completed": {"type": "boolean", "description": "It was answered lately."},
+        "progress": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "eta": {"type": ["number", "null"], "description": "Seconds that are left, as far as can be told."},
+        "live_preview": {"type": ["string", "null"], "description": "A data: address, PNG."},
+        "id_live_preview": {"type": "integer"},
+        "textinfo": {"type": ["string", "null"]},
+    },
+}  # fmt: skip
 PROGRESS_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["progress", "eta_relative", "state", "current_image", "textinfo"],

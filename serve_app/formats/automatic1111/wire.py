@@ -61,6 +61,7 @@ class Decoded:
 
     requests: list[ImageRequest]
     send_images: bool
+    task_id: str | None
     parameters: dict[str, Any]  # webui's fields as given, its defaults elsewhere: the answer repeats them
     warnings: tuple[str, ...]
 
@@ -115,7 +116,7 @@ def decode(
     except InvalidRequest as error:
         raise in_words(error, COUNTERPARTS) from None
     warnings += _prompt_syntax(requests[0])
-    return Decoded(requests, asked.send_images, _repeated(asked), tuple(warnings))
+    return Decoded(requests, asked.send_images, asked.force_task_id or None, _repeated(asked), tuple(warnings))
 
 
 def encode(asked: Decoded, results: Sequence[ImageResult], model: str, facts: ModelFacts) -> dict[str, Any]:
@@ -159,6 +160,7 @@ def txt2img_schema() -> dict[str, Any]:
     }
 
 
+_MAX_TITLE_CHARS = 1_000
 _KNOWN = {*Txt2ImgFields.model_fields, *OWN_FIELDS}
 # webui's fields that are ours under the same or another name; the first two have webui's default where absent.
 _DEFAULTED = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
@@ -324,6 +326,8 @@ def _prompt_syntax(request: ImageRequest) -> list[str]:
 
 def _bare(title: str) -> str:
     """A checkpoint's name without what webui's titles add: "name.safetensors [0123456789]"."""
+    if len(title) > _MAX_TITLE_CHARS:  # a search through megabytes holds the interpreter
+        return title
     return re.sub(r"(\.safetensors)?( \[[0-9a-f]{1,64}\])?$", "", title.strip())
 
 

@@ -156,7 +156,7 @@ def _column_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
         raise _bad("has no 'prompt' column" if "prompt" not in columns else "'prompt' must be a list")
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != len(columns["prompt"]):
-            raise _bad(f"{name!r} must be a list as long as 'prompt'")
+            raise _bad(f"{name[:100]!r} must be a list as long as 'prompt'")
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -169,7 +169,7 @@ def _parameters(given: Any, where: str) -> dict[str, Any]:
 def _add_parameters(given: dict[str, Any], more: dict[str, Any], where: str) -> None:
     for name, value in more.items():
         if given.setdefault(name, value) != value:
-            raise InvalidRequest(f"{where}: {name!r} is given twice and differs", param=where)
+            raise InvalidRequest(f"{where}: {name[:100]!r} is given twice and differs", param=where)
 
 
 def _request_fields(given: dict[str, Any], warnings: list[str]) -> dict[str, Any]:

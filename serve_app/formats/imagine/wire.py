@@ -16,6 +16,7 @@ from serve_app.request.schema import FieldKind, ImageRequest, field_kinds, parse
 
 _KINDS = field_kinds()
 _MAX_FIELDS = 100
+_MAX_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Decoded:
 
 def decode(query: bytes) -> Decoded:
     """The request of a query as it stands in the address, percent-encoded. Raises `InvalidRequest`."""
+    if len(query) > _MAX_BYTES:
+        raise InvalidRequest(f"the query is longer than {_MAX_BYTES} bytes")
     try:
         texts = parse_qs(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FIELDS)
     except UnicodeDecodeError:

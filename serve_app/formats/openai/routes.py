@@ -15,6 +15,7 @@ from serve_app.formats import sse
 from serve_app.formats.answers import (
     answered,
     as_service_error,
+    decoded,
     json_response,
     read_body,
     with_headers,
@@ -22,7 +23,7 @@ from serve_app.formats.answers import (
 )
 from serve_app.formats.openai import wire as openai
 from serve_app.formats.openapi import PICTURE_ERRORS, answer, errors, json_body, or_null
-from serve_app.request.schema import Accepted
+from serve_app.request.schema import Accepted, StreamEvent
 from serve_app.runtime.service import ImageService
 
 
@@ -34,7 +35,8 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/v1/images/generations", tags=["OpenAI"], summary="Draw pictures", openapi_extra=_GENERATIONS)
     async def generations(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            asked = openai.decode(await read_body(request, limits.max_text_body_bytes), names)
+            content = await read_body(request, limits.max_text_body_bytes)
+            asked = await decoded(content, lambda body: openai.decode(body, names))
             if asked.stream:
                 return await _streamed(service, asked, request_id)
             result = await service.generate(asked.request, request_id)
@@ -62,13 +64,17 @@ async def _streamed(service: ImageService, asked: openai.Decoded, request_id: st
     assert isinstance(accepted, Accepted)
     encoder = openai.StreamEncoder(asked.request.n, int(time.time()), asked.warnings)
 
+    def encode(event: StreamEvent) -> bytes | None:
+        data = encoder.encode(event)
+        return None if data is None else sse.encode_event(data["type"], data)
+
     async def body() -> AsyncIterator[bytes]:
         try:
             async with aclosing(events):  # its slots are free when this ends, however it ends
                 async for event in events:
-                    data = await asyncio.to_thread(encoder.encode, event)
+                    data = await asyncio.to_thread(encode, event)
                     if data is not None:
-                        yield sse.encode_event(data["type"], data)
+                        yield data
         except Exception as error:
             fault = as_service_error(error, request_id)
             yield sse.encode_event("error", openai.encode_error(fault))
