@@ -14,6 +14,7 @@ from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
+from serve_app.http.exchanges import CountExchanges, Exchanges
 from serve_app.request.resolve import ModelFacts, check_native_size
 from serve_app.request.schema import ImageRequest, ImageResult, StreamEvent
 from serve_app.runtime.service import ImageService
@@ -42,9 +43,12 @@ class Ingress:
         check_native_size(facts["native_size_px"], config.limits)
         stages = remote_stages(encoder, base, refiner, decoder)
         self._service = ImageService(config, ModelFacts(**facts), stages)
+        self._exchanges = Exchanges()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self._service)
+        app = build_http_app(self._service)
+        app.add_middleware(CountExchanges, exchanges=self._exchanges)
+        return app
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """Draws a request. Raises a `ServiceError`."""
@@ -57,6 +61,14 @@ class Ingress:
         """
         async for event in self._service.stream(request, partial_images=partial_images):
             yield event
+
+    async def drain(self) -> int:
+        """Takes in no new work from now on; returns how much of what was there before is still under way.
+
+        To be called on every replica, again and again until it is 0: `handle.broadcast("drain")`.
+        """
+        self._service.admission.drain()
+        return max(self._exchanges.drain(), self._service.admission.in_flight)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

@@ -11,6 +11,7 @@ from serve_app.request.errors import InvalidRequest, Overloaded
 
 _WINDOW_S = 60.0
 _UNKNOWN_RATE_RETRY_S = 5.0
+_SHUTTING_DOWN_RETRY_S = 10.0  # until another instance is there, for all that is known here
 
 
 class Admission:
@@ -23,10 +24,15 @@ class Admission:
     def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
         self.max_images = max_images
         self.in_flight = 0
+        self.draining = False
         self._clock = clock
         self._left: deque[tuple[float, int, float]] = deque()  # when, how many, and the time they took
         self._working_since = 0.0  # the last departure, or the end of an idle time
         self._worked_s = 0.0  # since the last departure, before an idle time
+
+    def drain(self) -> None:
+        """Takes in nothing any more. What is in flight goes on."""
+        self.draining = True
 
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
@@ -34,6 +40,11 @@ class Admission:
         if images > self.max_images:
             raise InvalidRequest(
                 f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
+            )
+        if self.draining:
+            raise Overloaded(
+                f"the service is shutting down; try again in {_SHUTTING_DOWN_RETRY_S:.0f} s",
+                retry_after_s=_SHUTTING_DOWN_RETRY_S,
             )
         if self.in_flight + images > self.max_images:
             wait = self.retry_after_s(images)
