@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve_app.config.settings import APP_NAME, DEPLOYMENTS, AppConfig, check_max_ongoing_requests, parse_config
+from serve_app.config.settings import APP_NAME, DEPLOYMENTS, STAGES, AppConfig, check_max_ongoing_requests, parse_config
 from serve_app.request.errors import ConfigurationError, first_fault
 
 IMPORT_PATH = "serve_app.graph:build_app"
@@ -114,7 +114,20 @@ def _check_deployments(deployments: list[dict[str, Any]], app: AppConfig) -> Non
         seen.add(name)
         if "max_ongoing_requests" in options:
             _check_ongoing(app, options["max_ongoing_requests"], f"{where}.max_ongoing_requests", ingress_replicas)
+    _check_devices(deployments, app)
     _check_ongoing(app, app.max_ongoing_requests, "args.max_ongoing_requests", ingress_replicas)
+
+
+def _check_devices(deployments: list[dict[str, Any]], app: AppConfig) -> None:
+    """Ray hides no GPU from a replica that booked none: it would compute unbooked and without a bound."""
+    booked = {options["name"]: (options.get("ray_actor_options") or {}).get("num_gpus") for options in deployments}
+    for stage, deployment in STAGES.items():
+        if deployment == "Refiner" and app.refiner is None:
+            continue
+        if getattr(app, stage).device == "cuda" and not booked.get(deployment):
+            raise ConfigurationError(
+                f"args.{stage}.device: cuda, but the deployment {deployment} has no ray_actor_options.num_gpus"
+            )
 
 
 def _check_ongoing(app: AppConfig, value: int, where: str, ingress_replicas: int) -> None:

@@ -19,6 +19,13 @@ _EMBEDDED = ("embedded:base", "embedded:refiner")
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 APP_NAME = "sdxl"
 DEPLOYMENTS = ("TextEncoder", "BaseDenoiser", "Refiner", "VaeDecoder", "Ingress")
+# The keys of `args` that say how a deployment computes.
+STAGES = {
+    "text_encoder": "TextEncoder",
+    "base_denoiser": "BaseDenoiser",
+    "refiner_denoiser": "Refiner",
+    "vae_decoder": "VaeDecoder",
+}
 
 PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline", "least_slack"]
 

@@ -45,8 +45,8 @@ def shortfall(booked: Sequence[Booking], nodes: Sequence[Mapping[str, float]]) -
                 if booking.total(resource)
             )
             return (
-                f"the deployments book {_amount(resource, wanted)} {_word(resource)} ({of}), and there are "
-                f"{_amount(resource, there)}"
+                f"the deployments book {_amount(resource, wanted)} {_word(resource)} ({of}), and Ray has "
+                f"{_amount(resource, there)} here"
             )
         most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         for booking in booked:
@@ -66,7 +66,7 @@ def _whole_gpus(booked: Sequence[Booking], gpus: int) -> str | None:
     if needed <= gpus:
         return None
     of = ", ".join(f"{booking.deployment} {booking.replicas} x {booking.resources['GPU']:g}" for booking in apart)
-    return f"{of} of a GPU need {needed} GPUs, since no two fit on one, and there are {gpus}"
+    return f"{of} of a GPU need {needed} GPUs, since no two fit on one, and Ray has {gpus} here"
 
 
 def _first_replicas(options: Mapping[str, Any]) -> int:

@@ -72,14 +72,7 @@ def for_other_processes(address: str) -> dict[str, str]:
 
 def check_surroundings() -> None:
     """Refuses what Ray could not start in, or would wait for without a word. Raises `ConfigurationError`."""
-    variable, folder = ray_folder()
-    longest = _SOCKET_PATH_BYTES - len(_LONGEST_SOCKET)
-    if len(os.fsencode(folder)) > longest:
-        raise ConfigurationError(
-            f"{variable}: {folder} has {len(os.fsencode(folder))} bytes, and the sockets that Ray keeps in it allow at "
-            f"most {longest}; RAY_TMPDIR names a shorter folder for Ray alone"
-        )
-    _check_writable(variable, folder)
+    _check_folder()
     try:
         with (
             socket.create_server(("127.0.0.1", 0)) as server,
@@ -98,7 +91,14 @@ def ray_folder() -> tuple[str, Path]:
     return "RAY_TMPDIR", Path("/tmp")
 
 
-def _check_writable(variable: str, folder: Path) -> None:
+def _check_folder() -> None:
+    variable, folder = ray_folder()
+    longest = _SOCKET_PATH_BYTES - len(_LONGEST_SOCKET)
+    if len(os.fsencode(folder)) > longest:
+        raise ConfigurationError(
+            f"{variable}: {folder} has {len(os.fsencode(folder))} bytes, and the sockets that Ray keeps in it allow at "
+            f"most {longest}; RAY_TMPDIR names a shorter folder for Ray alone"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -114,6 +114,7 @@ def _check_writable(variable: str, folder: Path) -> None:
 
 
 def _new_token_file() -> Path:
+    _check_folder()
     variable, parent = ray_folder()
     try:
         folder = Path(tempfile.mkdtemp(prefix="sdxl-serve-", dir=parent))  # for this user alone

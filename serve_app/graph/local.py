@@ -136,7 +136,7 @@ def running(
         )
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
         deployed_at = _deployed_at()
-        rollout = Rollout(tell, _log_of if own else lambda _: "logs/serve in the session folders of the cluster")
+        rollout = Rollout(tell, _log() if own else "logs/serve/controller_*.log of the cluster's head")
         wait_until_running(APP_NAME, rollout, lambda: _say_memory(rollout))
         proxies.wait_until_serving()
         url = None
@@ -198,11 +198,12 @@ def _deployed_at() -> float | None:
     return None if application is None else float(application.last_deployed_time_s)
 
 
-def _log_of(deployment: str) -> str:
+def _log() -> str:
+    """Where the whole report of a failed replica is: the replica's own log has its work alone."""
     import ray
 
     session = ray.get_runtime_context().get_session_name()
-    return f"{environment.ray_folder()[1]}/ray/{session}/logs/serve/replica_{APP_NAME}_{deployment}_*.log"
+    return f"{environment.ray_folder()[1]}/ray/{session}/logs/serve/controller_*.log"
 
 
 def _memory_line() -> str | None:
@@ -218,7 +219,7 @@ def _memory_line() -> str | None:
         return None
     return (
         f"{used / 2**30:.1f} of {there / 2**30:.1f} GB are in use, and above {threshold:.0%} Ray's memory monitor ends "
-        "its processes; {_THRESHOLD} sets it"
+        f"its processes; {_THRESHOLD} sets it"
     )
 
 

@@ -17,7 +17,6 @@ from serve_app.request.errors import ConfigurationError
 _POLL_S = 0.25
 _WRONG_CONFIGURATION = re.compile(r"(?:[\w.]+\.)?ConfigurationError: (.+)")
 _ERROR = re.compile(r"[\w.]+(?:Error|Exception|Interrupt|Exit)\b")
-_WHERE_CODE_IS = re.compile(r"^\S+\(\) \(pid=\d+.*\)$|^File \"")
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class Rollout:
 
     Args:
         tell: shows a line; each message once, until it changes.
-        log_of: where the log of a deployment's replicas is.
+        log: where the whole report of a failed replica is.
     """
 
-    def __init__(self, tell: Callable[[str], None], log_of: Callable[[str], str]) -> None:
+    def __init__(self, tell: Callable[[str], None], log: str) -> None:
         self._tell = tell
-        self._log_of = log_of
+        self._log = log
         self._told: dict[str, str] = {}
 
     def running(self, application: Any) -> bool:
-        """Whether all of it is up, by a `ray.serve.schema.ApplicationStatusOverview`; None is one not yet known.
+        """Whether all of it is up, by its `ray.serve.schema.ApplicationStatusOverview`; None where Serve has none yet.
 
         Raises `ConfigurationError` where it has failed, or can't come up.
         """
@@ -76,7 +75,7 @@ class Rollout:
         for name, fault in sorted(faults.items()):
             if fault is not None and (fault.final or failed):
                 # What is found in a configuration names its own place.
-                where = "" if fault.final else f"; log: {self._log_of(name)}"
+                where = "" if fault.final else f"; log: {self._log}"
                 raise ConfigurationError(f"{name}: {fault.reason}{where}")
         if failed:
             raise ConfigurationError(one_line(application.message) or "the deployment failed")
