@@ -144,7 +144,7 @@ def outside_of_ray() -> dict[str, str]:
 
 
 def test_serve_until_sigterm_with_work_under_way(tiny: Path, reference: Reference, tmp_path: Path) -> None:
-    """`sdxl-serve serve` in a process of its own: pictures, a handle, another `serve` at its Ray; then SIGTERM amid work.
+    """`sdxl-serve serve` in a process of its own: a picture, a handle, another `serve` at its Ray; SIGTERM amid work.
 
     What is under way ends, a stream too; new work is refused; the process ends with 0.
     """
