@@ -20,7 +20,7 @@ from serve_app.config.serve_file import ServeConfig
 from serve_app.config.settings import APP_NAME
 from serve_app.graph import environment
 from serve_app.graph.capacity import Booking, bookings, shortfall
-from serve_app.graph.rollout import Rollout, wait_until_running
+from serve_app.graph.rollout import Rollout, last_line, wait_until_running
 from serve_app.models.checkpoint import check_sources
 from serve_app.request.errors import ConfigurationError
 
@@ -124,17 +124,19 @@ def running(
             raise ConfigurationError(
                 f"{address}: an application {APP_NAME!r} is there already; --replace puts this one in its place"
             )
-        if http:
-            serve.start(proxy_location=config.proxy_location, http_options=options)
-        else:
-            serve.start(proxy_location="Disabled")
         target = serve.RunTarget(
             build_graph(config.app, config.deployments),
             name=APP_NAME,
             route_prefix=config.route_prefix,
             logging_config=config.logging_config,
         )
-        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        try:
+            serve.start(
+                proxy_location=config.proxy_location if http else "Disabled", http_options=options if http else None
+            )
+            (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        except Exception as error:  # Serve's, of many kinds: an option that it refuses, an actor that dies
+            raise ConfigurationError(f"Serve did not start: {last_line(error)}") from error
         deployed_at = _deployed_at()
         rollout = Rollout(tell, _log() if own else "logs/serve/controller_*.log of the cluster's head")
         wait_until_running(APP_NAME, rollout, lambda: _say_memory(rollout))
@@ -159,21 +161,37 @@ def _start_ray(address: str | None) -> None:
     start: dict[str, Any] = (
         {"address": "local", "include_dashboard": False} if address is None else {"address": address}
     )
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handler = signal.getsignal(signal.SIGTERM)
     if address is None:
         _check_memory()
+    else:
+        _check_reachable(address)
     try:
         ray.init(**start, log_to_driver=False, logging_level="ERROR", namespace="serve")
     except Exception as error:
         what = "Ray did not start" if address is None else f"{address}: no Ray was joined"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigurationError(f"{what}: {lines[0].strip()}") from None
+        raise ConfigurationError(f"{what}: {last_line(error)}") from error
     finally:
-        if in_main_thread:
-            # Ray takes SIGTERM for itself, and would cut what is under way.
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        # Ray takes SIGTERM for itself: whoever has a way of its own to end keeps it.
+        if handler not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for minutes. An address on loopback it takes for this machine's outside one, unless it is told."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        return  # Ray's own words for addresses
+    used = canonicalize_bootstrap_address(address) or address
+    try:
+        socket.create_connection((used.rpartition(":")[0].strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        hint = ""
+        if used != address:
+            hint = f" at {used}; what listens on loopback alone is joined with {environment.LOOPBACK}=0"
+        raise ConfigurationError(f"{address}: {error.strerror or error}{hint}") from None
 
 
 def _check_room(booked: list[Booking], own: bool, tell: Callable[[str], None]) -> None:

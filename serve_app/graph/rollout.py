@@ -48,6 +48,12 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
+def last_line(error: Exception) -> str:
+    """Of what Ray says at length: its causes come last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 class Rollout:
     """Follows the status of an application.
 
