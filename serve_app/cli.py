@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +24,7 @@ _PACKAGE = Path(__file__).parent
 # Inside the package where it was installed as a wheel, beside it in a checkout.
 _CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 DEMO_CONFIG = _CONFIGS / "demo.yaml"
+_LOOK_EVERY_S = 0.1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,6 +217,7 @@ def _serve(options: argparse.Namespace) -> int:
     with running(
         config, host=options.host, port=options.port, address=options.address, replace=options.replace, tell=_tell
     ) as graph:
+        signals.serving = True
         seconds = time.monotonic() - started
         where = f"at {graph.url}" if graph.url else f"on the cluster at {graph.ray_address}"
         print(f"ready {where} after {seconds:.0f} s; Ctrl-C ends it", flush=True)
@@ -236,32 +236,28 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first one ends `wait_for_first`; any other is a `SystemExit`, at once.
+    """SIGTERM and SIGINT: once `serving`, the first ends `wait_for_first`; any other is a `SystemExit`, at once.
 
     While the graph starts there is nothing to wait for.
     """
 
     def __init__(self) -> None:
-        self._waiting = False
+        self.serving = False
+        self._asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def wait_for_first(self) -> None:
-        self._waiting = True
-        with contextlib.suppress(_FirstSignal):
-            threading.Event().wait()
+        while not self._asked:
+            time.sleep(_LOOK_EVERY_S)  # a handler may not touch the lock of an event that is being waited for
 
     def _on_signal(self, number: int, _: object) -> None:
-        if self._waiting:
-            self._waiting = False
-            raise _FirstSignal
+        if self.serving and not self._asked:
+            self._asked = True
+            return
         for other in (signal.SIGTERM, signal.SIGINT):
             signal.signal(other, signal.SIG_IGN)  # the end itself is a matter of seconds
         sys.exit(128 + number)  # as a shell says it of a process that a signal ended
-
-
-class _FirstSignal(BaseException):
-    pass
 
 
 def _tell(line: str) -> None:

@@ -216,11 +216,12 @@ import sys, time
 from serve_app.cli import _Signals
 
 signals = _Signals()
-print("ready", flush=True)
-if sys.argv[1] == "serving":
-    signals.wait_for_first()
-    print("draining", flush=True)
 try:
+    signals.serving = sys.argv[1] == "serving"
+    print("ready", flush=True)
+    if sys.argv[1] == "serving":
+        signals.wait_for_first()
+        print("draining", flush=True)
     time.sleep(60)
 finally:
     print("ended", flush=True)

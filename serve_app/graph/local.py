@@ -58,8 +58,8 @@ class Running:
         """Asks every replica of the ingress, anew each time: one may have started meanwhile."""
         try:
             answers = self.handle.broadcast("drain").results(timeout_s=_ANSWER_S, return_exceptions=True)
-        except Exception:  # no replica lives, or the list of them is being changed
-            return True
+        except Exception:  # no replica lives at the moment, or the application was deleted
+            return APP_NAME in _applications()
         return any(answer != 0 for answer in answers)
 
 
