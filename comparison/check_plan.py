@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from serve_app.cli import DEMO_CONFIG
 from serve_app.config.serve_file import read_serve_config
+from serve_app.graph.environment import set_for_own_ray
 from serve_app.graph.local import running
 from serve_app.planning.live import LiveGraph, processor_seconds, since, times_by_rows
 from serve_app.planning.profile import Profile, read_profile
@@ -44,6 +45,7 @@ class Comparison:
 
 def main() -> int:
     options = _parser().parse_args()
+    set_for_own_ray()  # before a config file is read, which takes Ray's schema
     config = read_serve_config(options.config)
     profile = read_profile(options.profile)
     mix = Mix(steps=(10, 50), sizes=((options.side, options.side),), high_noise_frac=0.8 if config.app.refiner else 1.0)

@@ -109,7 +109,6 @@ def running(which: Setting) -> Iterator[str]:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",  # of what torch itself does not set
-        "RAY_AUTH_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from serve_app import __version__
 from serve_app.load.command import add_flags as add_bench_flags
@@ -31,6 +32,7 @@ _PACKAGE = Path(__file__).parent
 # Inside the package where it was installed as a wheel, beside it in a checkout.
 _CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 DEMO_CONFIG = _CONFIGS / "demo.yaml"
+_LOOK_EVERY_S = 0.1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", help="address to listen on; the config's if absent")
     serve.add_argument("--port", type=int, help="port; the config's if absent")
     serve.add_argument("--address", help="a running Ray cluster to deploy to; a Ray of its own if absent")
+    serve.add_argument(
+        "--replace", action="store_true", help="put this application in the place of the one that is at --address"
+    )
+    serve.add_argument(
+        "--drain-timeout-s",
+        type=_seconds,
+        default=120.0,
+        help="at SIGTERM or Ctrl-C, seconds for what is under way (default 120); a second signal ends it at once",
+    )
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser("check", help="check a config file and the checkpoints it names")
@@ -91,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(run=_make_tiny)
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: no number of seconds from 0 up")
+    return value
 
 
 def _add_request_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,11 +165,13 @@ def _draw_here(config_path: Path, request: ImageRequest) -> ImageResult:
     from tqdm import tqdm
 
     from serve_app.config.serve_file import read_serve_config
+    from serve_app.graph.environment import set_for_own_ray
     from serve_app.graph.local import running
 
+    set_for_own_ray()  # before a config file is read, which takes Ray's schema
     config = read_serve_config(config_path)
     print(f"starting the graph of {config_path.name} (four model deployments and the ingress) ...", file=sys.stderr)
-    with running(config, http=False) as graph, tqdm(unit="step", dynamic_ncols=True) as bar:
+    with running(config, http=False, tell=_tell) as graph, tqdm(unit="step", dynamic_ncols=True) as bar:
         try:
             return _follow(graph.handle.options(stream=True).stream.remote(request), bar, request)
         except ServiceError:
@@ -193,27 +213,65 @@ def _draw_at(url: str, request: ImageRequest) -> ImageResult:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    """Serves until a signal. What is under way then ends first; a second signal ends everything at once."""
     from serve_app.config.serve_file import read_serve_config
+    from serve_app.graph.environment import set_for_own_ray
     from serve_app.graph.local import running
 
+    if options.address is None:
+        set_for_own_ray()  # before a config file is read, which takes Ray's schema
     config = read_serve_config(options.config)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signals = _Signals()
     print(f"starting the graph of {options.config} ...", file=sys.stderr)
     started = time.monotonic()
-    with running(config, host=options.host, port=options.port, address=options.address) as graph:
+    with running(
+        config, host=options.host, port=options.port, address=options.address, replace=options.replace, tell=_tell
+    ) as graph:
+        signals.serving = True
         seconds = time.monotonic() - started
         where = f"at {graph.url}" if graph.url else f"on the cluster at {graph.ray_address}"
         print(f"ready {where} after {seconds:.0f} s; Ctrl-C ends it", flush=True)
-        print(f'Python handles: ray.init(address="{graph.ray_address}")', flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("ending ...", file=sys.stderr)
+        joining = " ".join(f"{name}={shlex.quote(value)}" for name, value in graph.environment.items())
+        print(f'Python handles: export {joining}; then ray.init(address="auto")', flush=True)
+        signals.wait_for_first()
+        print(
+            f"ending: no new work, up to {options.drain_timeout_s:g} s for what is under way; once more ends at once",
+            file=sys.stderr,
+            flush=True,
+        )
+        drained = graph.drain(options.drain_timeout_s)
+    if not drained:
+        raise ServiceError(f"what was still under way after {options.drain_timeout_s:g} s was cut")
     return 0
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+class _Signals:
+    """SIGTERM and SIGINT: once `serving`, the first ends `wait_for_first`; any other is a `SystemExit`, at once.
+
+    While the graph starts there is nothing to wait for.
+    """
+
+    def __init__(self) -> None:
+        self.serving = False
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def wait_for_first(self) -> None:
+        while not self._asked:
+            time.sleep(_LOOK_EVERY_S)  # a handler may not touch the lock of an event that is being waited for
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self.serving and not self._asked:
+            self._asked = True
+            return
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_IGN)  # the end itself is a matter of seconds
+        sys.exit(128 + number)  # as a shell says it of a process that a signal ended
+
+
+def _tell(line: str) -> None:
+    print(f"sdxl-serve: {line}", file=sys.stderr, flush=True)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, settings
 
 from serve_app.config.serve_file import ServeConfig, check_serve_config
 from serve_app.demo.tiny import make_tiny
+from serve_app.graph.environment import set_for_own_ray
 from serve_app.graph.local import Running, running
 from tests.reference import Reference
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+set_for_own_ray()  # before a module of tests imports Ray
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 # Properties bound no time: the machine may stand still for a second.

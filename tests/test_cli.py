@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from serve_app.cli import DEMO_CONFIG, main
 from serve_app.request.schema import ImageRequest, parse_request
@@ -43,6 +47,7 @@ def test_every_field_is_a_flag() -> None:
         (["generate", "x", "-o", "x.gif"], "sdxl-serve: x.gif: ends in none of .png, .jpg, .jpeg and .webp"),
         (["generate", "x", "-o", "x.jpg", "--output-format", "png"], "sdxl-serve: x.jpg: is no name for a png"),
         (["serve", "--port", "70000"], "sdxl-serve: port 70000 on 127.0.0.1: "),
+        (["serve", "--replace"], "sdxl-serve: there is nothing to replace on a Ray of our own"),
         (["serve", "--port", "1", "--address", "x:1"], "sdxl-serve: a host and a port are for a Ray of our own"),
         (["generate", "x", "--url", "http://127.0.0.1:9"], "sdxl-serve: http://127.0.0.1:9: "),
     ],
@@ -80,6 +85,10 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (
             lambda c: c["applications"][0]["args"].update(base={"path": "embedded:bass"}),
             "names nothing",
+        ),
+        (
+            lambda c: c["applications"][0]["args"]["vae_decoder"].update(device="cuda"),
+            "args.vae_decoder.device: cuda, but the deployment VaeDecoder has no ray_actor_options.num_gpus",
         ),
         (lambda c: c["applications"][0]["args"].update(base={"path": "/nowhere"}), "/nowhere: no such folder"),
         (lambda c: c["applications"][0]["args"].update(base={"hub_id": "a/b", "revision": "main"}), "40 hex digits"),
@@ -119,19 +128,26 @@ def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:
 
 
 BY_HANDLE = """
-import sys, ray
+import ray
 from ray import serve
 from serve_app.request.schema import ImageRequest
 
-ray.init(address=sys.argv[1], log_to_driver=False)
+ray.init(address="auto", log_to_driver=False)
 handle = serve.get_app_handle("sdxl")
 result = handle.generate.remote(ImageRequest(prompt="a kite", seed=3, num_inference_steps=5)).result()
 print(result.images[0].seed, result.warnings, result.images[0].to_pil().width)
 """
 
 
-def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Reference, tmp_path: Path) -> None:
-    """`sdxl-serve serve` until SIGINT, with a picture drawn while it is up; then a clean end."""
+def outside_of_ray() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def test_serve_until_sigterm_with_work_under_way(tiny: Path, reference: Reference, tmp_path: Path) -> None:
+    """`sdxl-serve serve` in a process of its own: a picture, a handle, another `serve` at its Ray; SIGTERM amid work.
+
+    What is under way ends, a stream too; new work is refused; the process ends with 0.
+    """
 
     def to_tiny(content: dict[str, Any]) -> None:
         args = content["applications"][0]["args"]
@@ -140,39 +156,108 @@ def test_serve_and_generate_in_processes_of_their_own(tiny: Path, reference: Ref
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    config, url = written(tmp_path, to_tiny), f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
-        [*CLI, "serve", str(written(tmp_path, to_tiny)), "--port", str(port)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-        # As from a terminal: a shell's background jobs, and so what they start, ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+        [*CLI, "serve", str(config), "--port", str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=outside_of_ray(),
+    )  # fmt: skip
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith(f"ready at http://127.0.0.1:{port}")
-        ray_address = process.stdout.readline().split('"')[1]
+        assert process.stdout.readline().startswith(f"ready at {url}")
+        line = process.stdout.readline()
+        assert line.startswith("Python handles: export RAY_ADDRESS=127.0.0.1:") and "RAY_AUTH_MODE=token" in line
+        exported = line.removeprefix("Python handles: export ").partition(";")[0].split()
+        joining = outside_of_ray() | dict(pair.split("=", 1) for pair in exported)
         fields = {"prompt": "a kite", "seed": 3, "num_inference_steps": 5}
-        answer = httpx.get(f"http://127.0.0.1:{port}/imagine", params=fields, timeout=60)
+        answer = httpx.get(f"{url}/imagine", params=fields, timeout=60)
         assert answer.status_code == 200
-        picture = tmp_path / "kite.png"
-        picture.write_bytes(answer.content)
+        drawn = np.array(Image.open(io.BytesIO(answer.content)))
+        assert far_apart(drawn, reference.draw(parse_request(fields)).pixels) <= 1
         by_handle = subprocess.run(
-            [sys.executable, "-c", BY_HANDLE, ray_address],
-            capture_output=True, text=True, timeout=300, env=environment | {"RAY_AUTH_MODE": "disabled"},
-        )  # fmt: skip
+            [sys.executable, "-c", BY_HANDLE], capture_output=True, text=True, timeout=300, env=joining
+        )
         assert by_handle.stdout.strip() == "3 [] 128", by_handle.stderr
-    finally:
-        process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=300)
-    assert code == 0
-    from PIL import Image
+        second = subprocess.run(
+            [*CLI, "serve", str(config), "--address", joining["RAY_ADDRESS"]],
+            capture_output=True, text=True, timeout=300, env=joining,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "an application 'sdxl' is there already; --replace" in second.stderr.splitlines()[-1]
 
-    assert far_apart(np.array(Image.open(picture)), reference.draw(parse_request(fields)).pixels) <= 1
+        body = {"prompt": "a kite", "num_inference_steps": 60, "size": "128x128", "n": 2}
+        with ThreadPoolExecutor(5) as pool:
+            plain = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=300) for _ in range(3)]
+            streamed = pool.submit(
+                httpx.post, f"{url}/v1/images/generations", json=body | {"stream": True}, timeout=300
+            )
+            while httpx.get(f"{url}/health", timeout=60).json()["images_in_flight"] < 8:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            while (refused := httpx.get(f"{url}/imagine", params=fields, timeout=60)).status_code == 200:
+                pass
+            assert refused.status_code == 503
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert "shutting down" in refused.text
+            assert not any(future.done() for future in (*plain, streamed)), "all refused while work was under way"
+            for future in plain:
+                assert future.result().status_code == 200
+                assert len(future.result().json()["data"]) == 2
+            assert streamed.result().text.count("event: image_generation.completed") == 2
+        assert process.wait(timeout=120) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
+        httpx.get(f"{url}/health")
+
+
+SIGNALS = """
+import sys, time
+from serve_app.cli import _Signals
+
+signals = _Signals()
+try:
+    signals.serving = sys.argv[1] == "serving"
+    print("ready", flush=True)
+    if sys.argv[1] == "serving":
+        signals.wait_for_first()
+        print("draining", flush=True)
+    time.sleep(60)
+finally:
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["starting", "serving"])
+def test_a_signal_too_many_ends_it_at_once(phase: str, number: signal.Signals) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SIGNALS, phase], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if phase == "serving":
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "draining\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "ended\n", "what was started is ended in an orderly way"
+        assert process.wait(timeout=50) == 128 + number
+    finally:
+        process.kill()
+
+
+def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
+    """Ray is started, Serve is not."""
+
+    def too_much(content: dict[str, Any]) -> None:
+        for options in content["applications"][0]["deployments"]:
+            options["ray_actor_options"]["num_gpus"] = 5000
+
+    path = written(tmp_path, too_much)
+    ended = run("generate", "x", "--config", str(path), "-o", str(tmp_path / "x.png"), timeout=120)
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("sdxl-serve: the deployments book 25000 GPUs (TextEncoder 1 x 5000, BaseDenoiser 1 x 5000")
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None:
@@ -189,7 +274,11 @@ def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None
 
     ended = run("generate", "x", "--config", str(written(tmp_path, to_broken)), "-o", str(tmp_path / "x.png"))
     assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith("sdxl-serve: ")
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("sdxl-serve: VaeDecoder: ")
+    assert "decoder.conv_in" in last, "the replica's own words"
+    (log,) = Path("/").glob(last.rpartition("; log: /")[2])
+    assert "decoder.conv_in" in log.read_text()
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "x.png").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -12,13 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from comparison.rivals.contract import BadBody, answer, parse, refusal
+from serve_app.graph.environment import set_for_own_ray
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+set_for_own_ray()  # loopback and a token, as ours has them; before the first `import ray`
 
-import ray
-from ray import serve
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
 
 
 @serve.deployment(max_ongoing_requests=512, ray_actor_options={"num_cpus": 0.1})

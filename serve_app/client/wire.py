@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import ValidationError
@@ -198,10 +199,13 @@ def http_options(url: str, timeout_s: float, headers: dict[str, str] | None) -> 
 def clear_faults(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
     """Makes one line about the address of whatever httpx raises."""
     url, timeout_s = str(http.base_url).rstrip("/"), http.timeout.read
+    through = proxy_between(http.base_url) if http.trust_env else ""
     try:
         yield
     except httpx.ConnectTimeout:
-        raise ServiceUnreachable(f"{url}: no connection in {timeout_s:g} s") from None
+        raise ServiceUnreachable(f"{url}: no connection in {timeout_s:g} s{through}") from None
+    except (httpx.ConnectError, httpx.ProxyError) as error:
+        raise ServiceUnreachable(f"{url}: {_said(error)}{through}") from None
     except httpx.TimeoutException:
         raise ServiceUnreachable(f"{url}: silent for {timeout_s:g} s") from None
     except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
@@ -209,6 +213,17 @@ def clear_faults(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
         raise ServiceUnreachable(f"{url}: {_said(error)}", retry_after_s=_UNSAID_WAIT_S) from None
     except httpx.HTTPError as error:
         raise ServiceUnreachable(f"{url}: {_said(error)}") from None
+
+
+def proxy_between(url: httpx.URL) -> str:
+    """Words about the proxy that the environment puts before an address, to end a line with; empty without one."""
+    proxies = getproxies()
+    variable = f"{url.scheme}_proxy" if url.scheme in proxies else "all_proxy"
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(url.host):
+        return ""
+    proxy = proxy.rpartition("@")[2]  # without its password
+    return f", by the proxy {proxy} that {variable} names; with {url.host} in no_proxy it is left out"
 
 
 @contextmanager
@@ -265,7 +280,10 @@ def error_of(response: httpx.Response) -> ServiceError:
         return _error(response.json()["error"], response.status_code, _retry_after_s(response))
     except (ValueError, KeyError, TypeError):
         what = f"{response.url}: HTTP {response.status_code} {response.reason_phrase}".rstrip()
-        error = UnexpectedAnswer(f"{what}, not an answer of sdxl-serve", retry_after_s=_retry_after_s(response))
+        through = proxy_between(response.url)
+        error = UnexpectedAnswer(
+            f"{what}, not an answer of sdxl-serve{through}", retry_after_s=_retry_after_s(response)
+        )
         error.status = response.status_code
         return error
 

@@ -1,6 +1,7 @@
 """Reading a Ray Serve config file as strictly as our own settings.
 
-Ray ignores unknown keys in these files without a word; here they are errors that name the key.
+Ray ignores unknown keys in these files without a word; here they are errors that name the key. Ray is imported on use
+only: importing this module must leave what Ray reads from the environment still to be set.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve import Deployment
-from ray.serve.schema import ServeDeploySchema
 
-from serve_app.config.settings import APP_NAME, DEPLOYMENTS, AppConfig, check_max_ongoing_requests, parse_config
+from serve_app.config.settings import (
+    APP_NAME,
+    COMPUTE_OF,
+    DEPLOYMENTS,
+    AppConfig,
+    check_max_ongoing_requests,
+    parse_config,
+)
 from serve_app.request.errors import ConfigurationError, first_fault
 
 IMPORT_PATH = "serve_app.graph:build_app"
 _TAKEN = {"proxy_location", "http_options", "logging_config", "applications"}
 _TAKEN_OF_APPLICATION = {"name", "route_prefix", "import_path", "args", "deployments", "logging_config"}
-_TAKEN_OF_DEPLOYMENT = inspect.signature(Deployment.options).parameters
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -55,6 +60,10 @@ def read_serve_config(path: Path) -> ServeConfig:
 
 def check_serve_config(content: Any) -> ServeConfig:
     """Checks a config file's content."""
+    from ray.serve import Deployment
+    from ray.serve.schema import ServeDeploySchema
+
+    taken_of_deployment = inspect.signature(Deployment.options).parameters
     if not isinstance(content, dict):
         raise ConfigurationError("not a Ray Serve config: no keys at the top")
     for key in unknown_keys(content, ServeDeploySchema):
@@ -91,7 +100,7 @@ def check_serve_config(content: Any) -> ServeConfig:
                 f"applications.0.deployments.{position}.{key}"
                 for position, options in enumerate(deployments)
                 for key in options
-                if key not in _TAKEN_OF_DEPLOYMENT
+                if key not in taken_of_deployment
             ),
         ),
     )
@@ -124,7 +133,20 @@ def _check_deployments(deployments: list[dict[str, Any]], app: AppConfig) -> Non
         seen.add(name)
         if "max_ongoing_requests" in options:
             _check_ongoing(app, options["max_ongoing_requests"], f"{where}.max_ongoing_requests", ingress_replicas)
+    _check_devices(deployments, app)
     _check_ongoing(app, app.max_ongoing_requests, "args.max_ongoing_requests", ingress_replicas)
+
+
+def _check_devices(deployments: list[dict[str, Any]], app: AppConfig) -> None:
+    """Ray hides no GPU from a replica that booked none: it would compute unbooked and without a bound."""
+    booked = {options["name"]: (options.get("ray_actor_options") or {}).get("num_gpus") for options in deployments}
+    for stage, deployment in COMPUTE_OF.items():
+        if deployment == "Refiner" and app.refiner is None:
+            continue
+        if getattr(app, stage).device == "cuda" and not booked.get(deployment):
+            raise ConfigurationError(
+                f"args.{stage}.device: cuda, but the deployment {deployment} has no ray_actor_options.num_gpus"
+            )
 
 
 def _check_ongoing(app: AppConfig, value: int, where: str, ingress_replicas: int) -> None:

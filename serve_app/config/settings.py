@@ -31,6 +31,13 @@ DEPLOYMENTS = (*DEPLOYMENT_OF.values(), "Ingress")
 _LABEL = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
 _HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
 _ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://({_LABEL}(\.{_LABEL})*|\[[0-9a-f:.]+\])(:[0-9]{{1,5}})?", re.ASCII)
+# The keys of `args` that say how a deployment computes.
+COMPUTE_OF = {
+    "text_encoder": "TextEncoder",
+    "base_denoiser": "BaseDenoiser",
+    "refiner_denoiser": "Refiner",
+    "vae_decoder": "VaeDecoder",
+}
 
 PolicyName = Literal["first_come", "shortest_remaining", "earliest_deadline", "least_slack"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve import Application
 
-from serve_app.config.settings import AppConfig, parse_config
+from serve_app.config.settings import DEPLOYMENTS, AppConfig, parse_config
 from serve_app.graph.denoiser import Denoiser
 from serve_app.graph.ingress import Ingress
 from serve_app.graph.text_encoder import TextEncoder
@@ -27,6 +27,21 @@ def build_app(args: dict[str, Any]) -> Application:
 
 def build_graph(config: AppConfig, overrides: dict[str, dict[str, Any]] | None = None) -> Application:
     """Binds the deployments. `overrides`: deployment options by name, as in Ray's `deployments:` list."""
+    options = deployment_options(config, overrides)
+    text_encoder = TextEncoder.options(**options["TextEncoder"]).bind(config)
+    base = Denoiser.options(**options["BaseDenoiser"]).bind(config, "denoise")
+    refiner = None
+    if config.refiner is not None:
+        refiner = Denoiser.options(**options["Refiner"]).bind(config, "refine")
+    vae_decoder = VaeDecoder.options(**options["VaeDecoder"]).bind(config)
+
+    return Ingress.options(**options["Ingress"]).bind(config, text_encoder, base, refiner, vae_decoder)
+
+
+def deployment_options(
+    config: AppConfig, overrides: dict[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The options of each deployment that a configuration starts, by name."""
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "ray_actor_options": {"num_cpus": 0.1},  # bookkeeping: config files say what a replica really takes
@@ -35,14 +50,5 @@ def build_graph(config: AppConfig, overrides: dict[str, dict[str, Any]] | None =
         "max_constructor_retry_count": 3,  # for a volume's hiccup; a wrong checkpoint fails in its first second
     }
 
-    def options(name: str) -> dict[str, Any]:
-        return {"name": name} | shared | (overrides or {}).get(name, {})
-
-    text_encoder = TextEncoder.options(**options("TextEncoder")).bind(config)
-    base = Denoiser.options(**options("BaseDenoiser")).bind(config, "denoise")
-    refiner = None
-    if config.refiner is not None:
-        refiner = Denoiser.options(**options("Refiner")).bind(config, "refine")
-    vae_decoder = VaeDecoder.options(**options("VaeDecoder")).bind(config)
-
-    return Ingress.options(**options("Ingress")).bind(config, text_encoder, base, refiner, vae_decoder)
+    names = [name for name in DEPLOYMENTS if name != "Refiner" or config.refiner is not None]
+    return {name: {"name": name} | shared | (overrides or {}).get(name, {}) for name in names}

@@ -15,6 +15,7 @@ from serve_app.graph.calls import describe, remote_stages
 from serve_app.graph.readiness import Readiness, ask_replica
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
+from serve_app.http.exchanges import CountExchanges, Exchanges
 from serve_app.request.facts import ModelFacts
 from serve_app.request.resolve import check_native_size
 from serve_app.request.schema import ImageRequest, ImageResult, StreamEvent
@@ -45,9 +46,12 @@ class Ingress:
         self._readiness = Readiness(
             {stage: ask_replica(handle) for stage, handle in handles.items() if handle is not None}
         )
+        self._exchanges = Exchanges()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self._service, self._readiness.missing)
+        app = build_http_app(self._service, self._readiness.missing)
+        app.add_middleware(CountExchanges, exchanges=self._exchanges)
+        return app
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """Draws a request. Raises a `ServiceError`."""
@@ -61,12 +65,13 @@ class Ingress:
         async for event in self._service.stream(request, partial_images=partial_images, any_priority=True):
             yield event
 
-    async def drain(self) -> None:
-        """Takes in nothing new from now on, by any way, and is no longer ready; what is under way is finished.
+    async def drain(self) -> int:
+        """Takes in no new work from now on; returns how much of what was there before is still under way.
 
-        Of this replica: `handle.broadcast("drain")` reaches all of them.
+        To be called on every replica, again and again until it is 0: `handle.broadcast("drain")`.
         """
         self._service.drain()
+        return max(self._exchanges.drain(), self._service.admission.in_flight)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""

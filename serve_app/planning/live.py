@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
-from ray import serve
 
 from serve_app.config.serve_file import ServeConfig
 from serve_app.config.settings import APP_NAME, DEPLOYMENT_OF
@@ -94,6 +93,8 @@ class LiveGraph:
 
     @staticmethod
     async def _stats_of_all(deployment: str, count: int) -> list[dict[str, Any]]:
+        from ray import serve
+
         handle = serve.get_deployment_handle(deployment, APP_NAME)
         found: dict[str, dict[str, Any]] = {}
         for _ in range(_ASKS_FOR_STATS):

@@ -114,6 +114,10 @@ def profile(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"{options.output.parent}: no such folder")
     sizes = tuple(parse_size(text) for text in options.size)
     settings = Settings(sizes, options.repeats, options.quantile, options.hop_s, options.cpu_time, tuple(options.note))
+    if options.in_graph:
+        from serve_app.graph.environment import set_for_own_ray
+
+        set_for_own_ray()  # before a config file is read, which takes Ray's schema
     config = read_serve_config(options.config)
     found = measure(config.app, settings)
     if options.in_graph:

@@ -30,6 +30,10 @@ class Admission:
         self._working_since = 0.0  # the last departure, or the end of an idle time
         self._worked_s = 0.0  # since the last departure, before an idle time
 
+    def drain(self) -> None:
+        """Takes in nothing any more. What is in flight goes on."""
+        self.draining = True
+
     @contextmanager
     def hold(self, images: int) -> Iterator[None]:
         """Takes in that many images until the block ends, or raises `Overloaded` with the seconds to wait."""

@@ -59,7 +59,7 @@ class ImageService:
 
     def drain(self) -> None:
         """From now on new requests are refused (`Draining`); those under way are finished."""
-        self.admission.draining = True
+        self.admission.drain()
 
     def check(self, request: ImageRequest) -> None:
         """Raises what is wrong with a request, as `generate` would, and draws nothing."""

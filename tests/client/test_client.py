@@ -497,3 +497,29 @@ def test_a_fault_is_the_project_s_own_even_where_ray_has_made_a_class_of_it() ->
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "named"),
+    [
+        ("http_proxy", "http://192.0.2.1:8000", ", by the proxy 127.0.0.1:9 that http_proxy names"),
+        ("all_proxy", "http://192.0.2.1:8000", ", by the proxy 127.0.0.1:9 that all_proxy names"),
+        ("https_proxy", "http://127.0.0.1:9", ""),
+        ("http_proxy", "http://excepted.example:9", ""),
+    ],
+)
+async def test_a_proxy_that_refuses_is_named(
+    variable: str, url: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "excepted.example")
+    with pytest.raises(ServiceUnreachable) as error, Client(url) as client:
+        client.health()
+    with pytest.raises(ServiceUnreachable) as again:
+        async with AsyncClient(url) as asynchronous:
+            await asynchronous.health()
+    for message in (error.value.message, again.value.message):
+        assert (named in message) if named else ("by the proxy" not in message)
+        assert message.startswith(f"{url}: ") and "secret" not in message

@@ -5,14 +5,14 @@ Usage: python -m tests.graph.two_nodes CHECKPOINT_FOLDER OUTPUT.npz
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+from serve_app.graph.environment import set_for_own_ray
+
+set_for_own_ray()  # before the first `import ray`
 
 
 def main(folder: Path, output: Path) -> None:

@@ -43,6 +43,17 @@ def test_what_fails_or_is_cancelled_leaves_too() -> None:
     assert admission.in_flight == 0
 
 
+def test_a_service_that_drains_takes_in_nothing_and_ends_what_it_has() -> None:
+    admission = Admission(4, Clock())
+    with admission.hold(3):
+        admission.drain()
+        error = overloaded(admission, 1)
+        assert "shutting down" in error.message and error.retry_after_s and error.retry_after_s >= 1
+        assert admission.in_flight == 3
+    assert admission.in_flight == 0
+    assert "shutting down" in overloaded(admission, 1).message
+
+
 def test_what_does_not_fit_is_refused_and_not_counted() -> None:
     admission = Admission(4, Clock())
     with admission.hold(3):
