@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,11 +9,12 @@ from ray import serve
 
 from serve_app.config.settings import AppConfig
 from serve_app.graph.metrics import StageMetrics
-from serve_app.graph.replica import identity, prepare, working
+from serve_app.graph.replica import Call, End, end_when_hung, identity, prepare
 from serve_app.models import checkpoint
 from serve_app.runtime.engine import StepEngine
 from serve_app.runtime.scheduling import Budget, scheduler_for
-from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
+from serve_app.runtime.tasks import Alive, DenoiseTask, Latents, StepReport
+from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -40,28 +40,22 @@ class Denoiser:
             self._denoiser,
             scheduler_for(settings, Budget(settings.max_batch_rows, settings.max_batch_pixels)),
             name=stage,
+            watch=Watch(settings.first_pass_timeout_s),
         )
+        self._end = End()
+        end_when_hung(self._end, self._engine.overdue, self._engine.abandon)
         self._checkpoints = config.checkpoints
         self._metrics = StageMetrics(stage)
 
-    async def run(self, task: DenoiseTask) -> Latents:
-        """Takes one image through this stage's steps."""
-        with working():
-            return await self._engine.run(task)
+    async def run(self, task: DenoiseTask, reporting: bool = False) -> AsyncIterator[Alive | StepReport | Latents]:
+        """Takes one image through this stage's steps: signs of life on the way, the latents last.
 
-    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[StepReport | Latents]:
-        """The same, with a report after each step and of its place in the queue; the latents come last."""
-        events: asyncio.Queue[StepReport | None] = asyncio.Queue()
-        work = asyncio.create_task(self._engine.run(task, events.put_nowait))
-        work.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-            with working():
-                latents = await work
-            yield latents
-        finally:
-            work.cancel()
+        `reporting`: a report after each step, and of its place in the queue, too.
+        """
+        call = Call(suspect=task.deaths > 0)
+        work = self._engine.run(task, call.report if reporting else None, call.turn)
+        async for event in call.told(self._end, work):
+            yield event
 
     async def describe(self) -> dict[str, Any]:
         """This stage's share of `ModelFacts`, and of which checkpoints it is told."""

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
+from serve_app.graph.metrics import CallMetrics
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
 from serve_app.request.resolve import ModelFacts, check_native_size
@@ -40,7 +41,7 @@ class Ingress:
         ):
             facts |= part
         check_native_size(facts["native_size_px"], config.limits)
-        stages = remote_stages(encoder, base, refiner, decoder)
+        stages = remote_stages(encoder, base, refiner, decoder, CallMetrics().lost)
         self._service = ImageService(config, ModelFacts(**facts), stages)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

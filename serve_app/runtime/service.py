@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from serve_app.config.settings import AppConfig
 from serve_app.pictures import infotext
 from serve_app.pictures.files import encode_image, encode_preview
-from serve_app.request.errors import InvalidRequest
+from serve_app.request.errors import InvalidRequest, RequestKillsReplica
 from serve_app.request.resolve import ModelFacts, ResolvedRequest, parameters, resolve
 from serve_app.request.schema import (
     MAX_PARTIAL_IMAGES,
@@ -31,6 +31,7 @@ from serve_app.request.schema import (
 )
 from serve_app.runtime.admission import Admission
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
+from serve_app.runtime.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
@@ -46,6 +47,7 @@ class ImageService:
         self.facts = facts
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
+        self._quarantine = Quarantine(time.monotonic)
 
     async def generate(self, request: ImageRequest, request_id: str | None = None) -> ImageResult:
         """Draws one request. Raises a `ServiceError`; a cancelled caller frees its slots in every stage."""
@@ -67,6 +69,8 @@ class ImageService:
             resolve(request, self.facts, self.config.limits, f"{request_id}-{row}" if row else request_id)
             for row, request in enumerate(requests)
         ]
+        for one in resolved:
+            self._quarantine.check(one)
         with self.admission.hold(sum(request.n for request in resolved)):
             try:
                 async with asyncio.TaskGroup() as group:
@@ -106,6 +110,7 @@ class ImageService:
                 f"partial_images: {partial_images} is outside 0 to {MAX_PARTIAL_IMAGES}", param="partial_images"
             )
         resolved = resolve(request, self.facts, self.config.limits, request_id)
+        self._quarantine.check(resolved)
         if partial_images and self.facts.preview_map is None:
             warning = "partial_images has no effect: this checkpoint's VAE gives no previews"
             resolved = replace(resolved, warnings=(*resolved.warnings, warning))
@@ -155,7 +160,11 @@ class ImageService:
                 on_ready(ImageReady(index, picture))
             return picture
 
-        drawing = await draw(request, self._stages, deliver, listener)
+        try:
+            drawing = await draw(request, self._stages, deliver, listener)
+        except RequestKillsReplica:
+            self._quarantine.add(request)
+            raise
         warnings = [*request.warnings, *drawing.warnings]
         return ImageResult(
             drawing.images, warnings, drawing.timings, request.request_id, int(time.time()), drawing.text_tokens

@@ -103,6 +103,9 @@ class CountingRunner:
     def is_fatal(self, error: Exception) -> bool:
         return isinstance(error, BrokenDevice)
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
     @staticmethod
     def _fail_if(task: Task, where: str, step: int) -> None:
         if task.fails_in == where and (task.at_step == step or where in ("begin", "finish")):
@@ -460,6 +463,7 @@ async def test_the_counters_count() -> None:
             "steps": 4,
             "full_passes": 1,
             "split_passes": 0,
+            "lowered_budgets": 0,
             "finished": 2,
             "failed": 0,
             "cancelled": 0,

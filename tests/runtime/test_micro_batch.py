@@ -92,7 +92,8 @@ async def test_what_comes_while_the_device_is_busy_is_one_batch() -> None:
         device.let_go()
         assert [await task for task in (plug, *tasks)] == ["PLUG", "A", "B", "C"]
         assert device.batches == [["plug"], ["a", "b", "c"]]
-        assert batcher.stats() == {"batches": 2, "items": 4, "failed": 0, "cancelled": 0, "waiting": 0}
+        counts = {"batches": 2, "items": 4, "failed": 0, "cancelled": 0, "lowered_budgets": 0, "waiting": 0}
+        assert batcher.stats() == counts
 
 
 async def test_more_urgent_items_go_first() -> None:
