@@ -55,6 +55,8 @@ PURE = (
     "runtime.tasks",
     "runtime.scheduling",
     "runtime.admission",
+    "runtime.watch",
+    "runtime.quarantine",
     "demo",
     "demo.grammar",
     "load.profiles",
