@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray import serve
@@ -54,8 +55,9 @@ class Denoiser:
         """
         call = Call(suspect=task.deaths > 0)
         work = self._engine.run(task, call.report if reporting else None, call.turn)
-        async for event in call.told(self._end, work):
-            yield event
+        async with aclosing(call.told(self._end, work)) as events:
+            async for event in events:
+                yield event
 
     async def describe(self) -> dict[str, Any]:
         """This stage's share of `ModelFacts`, and of which checkpoints it is told."""

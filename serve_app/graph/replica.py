@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -89,7 +89,9 @@ class Call:
         self._waiting = waiting
         self._news.set()
 
-    async def told(self, end: End, work: Coroutine[Any, Any, ResultT]) -> AsyncIterator[Alive | StepReport | ResultT]:
+    async def told(
+        self, end: End, work: Coroutine[Any, Any, ResultT]
+    ) -> AsyncGenerator[Alive | StepReport | ResultT, None]:
         """Does the work and yields what happens on the way: reports, signs of life and, last, its result.
 
         A sign of life is due after half a second, then every five, and at once where the work that was said to wait

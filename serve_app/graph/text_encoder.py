@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -57,8 +58,9 @@ class TextEncoder:
     async def encode(self, task: EncodeTask) -> AsyncIterator[Alive | StepReport | Conditioning]:
         """The conditioning of one request, after signs of life where it takes long."""
         call = Call(suspect=task.deaths > 0)
-        async for event in call.told(self._end, self._encode(task, call)):
-            yield event
+        async with aclosing(call.told(self._end, self._encode(task, call))) as events:
+            async for event in events:
+                yield event
 
     async def _encode(self, task: EncodeTask, call: Call) -> Conditioning:
         jobs = self._encoders.jobs(task)

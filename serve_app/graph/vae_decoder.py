@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -57,8 +58,9 @@ class VaeDecoder:
         `deaths`: as of the tasks of the other stages.
         """
         call = Call(suspect=deaths > 0)
-        async for event in call.told(self._end, self._decode(latents, urgency, deaths, call)):
-            yield event
+        async with aclosing(call.told(self._end, self._decode(latents, urgency, deaths, call))) as events:
+            async for event in events:
+                yield event
 
     async def _decode(self, latents: Floats, urgency: Urgency, deaths: int, call: Call) -> Bytes:
         pixels = await self._batcher.submit(latents, urgency, alone=deaths > 0, on_turn=call.turn)

@@ -1,20 +1,22 @@
-"""Every fault in every stage, one by one, on one service: prints how long each took to get over. `make chaos`."""
+"""Every fault in every stage, one by one, on one service: prints how long each took to get over. `make chaos`.
+
+Of each fault: the answers given meanwhile, the connections that were cut, the longest that anybody waited after it, and
+the time until there were two replicas again. A pass that blocks or freezes is one of those that come after the order.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 
 from serve_app.demo.tiny import make_tiny
 from tests.chaos.faulty import POISON_SEED, POISON_WORD
-from tests.chaos.service import HANG_S, Recovery, Service, Traffic, fault, pool_of, service
+from tests.chaos.service import HANG_S, Service, Traffic, fault, pool_of, service
 from tests.reference import Reference
 
 CLIENTS = 6
@@ -34,20 +36,12 @@ async def poison(up: Service, traffic: Traffic, body: dict[str, object]) -> floa
 
 async def run(up: Service, traffic: Traffic) -> list[str]:
     """All faults; what took longer than it may."""
-    strikes: list[tuple[str, Callable[[], None], bool]] = []
-    for stage in STAGES:
-        strikes += [
-            (f"SIGKILL {stage}", lambda stage=stage: up.signal(stage, signal.SIGKILL), False),
-            (f"SIGSTOP {stage}", lambda stage=stage: up.signal(stage, signal.SIGSTOP), False),
-            (f"blocked pass {stage}", lambda stage=stage: up.order("block", stage), False),
-            (f"frozen process {stage}", lambda stage=stage: up.order("freeze", stage), False),
-        ]
-    strikes.append(("SIGKILL ingress", lambda: up.signal("ingress", signal.SIGKILL), True))
+    strikes = [(stage, strike) for stage in STAGES for strike in ("SIGKILL", "SIGSTOP", "block", "freeze")]
     late: list[str] = []
     print(f"{'fault':24} {'answers':>8} {'cut':>4} {'slowest s':>10} {'whole s':>8}")
     async with traffic.flowing(CLIENTS):
-        for name, strike, cuts in strikes:
-            told: Recovery = await fault(name, up, traffic, strike, cuts=cuts)
+        for stage, strike in [*strikes, ("ingress", "SIGKILL")]:
+            name, told = f"{strike} {stage}", await fault(up, traffic, **{stage: strike})
             print(f"{name:24} {told.answers:8} {told.cut:4} {told.slowest_s:10.1f} {told.whole_s:8.1f}", flush=True)
             if told.slowest_s > WITHIN_S:
                 late.append(name)
@@ -57,8 +51,7 @@ async def run(up: Service, traffic: Traffic) -> list[str]:
         ):
             before, first = up.processes(stage), len(traffic.outcomes)
             took_s = await poison(up, traffic, body)
-            await asyncio.sleep(1)
-            await up.until_whole()
+            await up.until_replaced({stage: before})
             await traffic.settled(time.monotonic())
             deaths = len(before - up.processes(stage))
             assert deaths <= 2, f"{deaths} replicas died"

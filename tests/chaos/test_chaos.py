@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,16 +24,9 @@ def up(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 async def test_faults_under_traffic_lose_nobody_s_request(up: Service, reference: Reference) -> None:
     traffic = Traffic(up.url, pool_of(reference))
 
-    def strike() -> None:
-        up.order("block", "denoise")
-        up.signal("decode", signal.SIGSTOP)
-        up.signal("encode", signal.SIGKILL)
-        up.signal("refine", signal.SIGKILL)
-
     async with traffic.flowing(CLIENTS):
-        await fault("block, stop and kill", up, traffic, strike)
-        assert up.was_done("block", "denoise")
-        await fault("ingress killed", up, traffic, lambda: up.signal("ingress", signal.SIGKILL), cuts=True)
+        await fault(up, traffic, encode="SIGKILL", denoise="block", refine="SIGKILL", decode="SIGSTOP")
+        await fault(up, traffic, ingress="SIGKILL")
 
 
 async def test_poison_is_contained(up: Service, reference: Reference) -> None:
@@ -49,8 +40,7 @@ async def test_poison_is_contained(up: Service, reference: Reference) -> None:
         assert answer.status_code == 500, answer.text
         assert answer.json()["error"]["code"] == "request_kills_replica"
         assert answer.headers["x-should-retry"] == "false"
-        await asyncio.sleep(1)
-        await up.until_whole()
+        await up.until_replaced({"denoise": before})
         await traffic.answered(CLIENTS)
     assert all(outcome.status == 200 and not outcome.wrong for outcome in traffic.outcomes)
     assert len(before - up.processes("denoise")) <= 2, "it killed two replicas at most"
