@@ -1,6 +1,7 @@
 # make demo   sets everything up in .venv and draws a first picture through the real graph
 # make serve  serves configs/demo.yaml on http://127.0.0.1:8000 until Ctrl-C
 # make test   sets everything up and runs all tests;  make lint: ruff and mypy
+# make chaos  kills, stops and blocks replicas under traffic and prints how long each fault took to get over
 # make bench  compares the service with its rivals and writes docs/benchmark; needs two idle cores for half an hour
 #
 # Needs Python 3.11 or newer, make and git. On Linux, PyPI's torch brings CUDA (several GB); for a CPU
@@ -14,7 +15,7 @@ export OUTPUT ?= out.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test lint bench chromium clean
+.PHONY: demo serve test lint chaos bench chromium clean
 .DEFAULT_GOAL := demo
 
 # One thread a process: a dozen processes share the cores.
@@ -59,6 +60,9 @@ chromium:
 
 test: $(VENV)/.installed-test chromium
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m comparison.compare

@@ -58,6 +58,8 @@ PURE = (
     "runtime.events",
     "graph.capacity",
     "graph.environment",
+    "runtime.watch",
+    "runtime.quarantine",
     "demo",
     "demo.grammar",
     "load.profiles",

@@ -40,6 +40,8 @@ GENERATIONS = "/v1/images/generations"
 # A service that says to come back later than this is left to the caller, who finds `retry_after_s` on the error.
 MAX_WAIT_S = 60.0
 _UNSAID_WAIT_S = 1.0
+# What Ray's proxy answers, by way of its web server, where the ingress replica with the request in it has died.
+_PROXY_500 = "Internal Server Error"
 _CUT = "the connection ended before the pictures were finished: a process died, or a time limit is over"
 
 
@@ -275,7 +277,13 @@ def service_info(response: httpx.Response) -> ServiceInfo:
 
 
 def error_of(response: httpx.Response) -> ServiceError:
-    """The error that an answer tells: the service's own by its envelope, anything else by its status."""
+    """The error that an answer tells: the service's own by its envelope, anything else by its status.
+
+    A plain 500 is Ray's proxy's, behind which an ingress replica died: a connection that was cut.
+    """
+    is_text = response.headers.get("content-type", "").startswith("text/plain")
+    if response.status_code == 500 and is_text and response.text.strip() == _PROXY_500:
+        return ServiceUnreachable(f"{response.url}: {_CUT}", retry_after_s=_UNSAID_WAIT_S)
     try:
         return _error(response.json()["error"], response.status_code, _retry_after_s(response))
     except (ValueError, KeyError, TypeError):

@@ -102,6 +102,12 @@ class SchedulingConfig(ComputeConfig):
     patience: int = Field(
         100, ge=1, description="How many forward passes may go to work that came later before what waits goes first."
     )
+    first_pass_timeout_s: int = Field(
+        300,
+        ge=20,
+        description="Seconds after which the first forward pass of its size counts as hung and the replica is "
+        "replaced; a later one after ten times the slowest of its size, at least 20.",
+    )
 
 
 class DenoiserConfig(SchedulingConfig):

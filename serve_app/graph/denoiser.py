@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray import serve
@@ -11,12 +11,13 @@ from ray import serve
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
-from serve_app.graph.replica import identity, prepare, working
+from serve_app.graph.replica import Call, End, end_when_hung, identity, prepare
 from serve_app.models.check import check
 from serve_app.models.checkpoint import locate
 from serve_app.runtime.engine import StepEngine
 from serve_app.runtime.scheduling import Budget, scheduler_for
-from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
+from serve_app.runtime.tasks import Alive, DenoiseTask, Latents, StepReport
+from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -43,28 +44,23 @@ class Denoiser:
             self._denoiser,
             scheduler_for(settings, Budget(settings.max_batch_rows, settings.max_batch_pixels)),
             name=stage,
+            watch=Watch(settings.first_pass_timeout_s),
         )
+        self._end = End()
+        end_when_hung(self._end, self._engine.overdue, self._engine.abandon)
         self._checkpoints = config.checkpoints
         self._metrics = StageMetrics(stage)
 
-    async def run(self, task: DenoiseTask) -> Latents:
-        """Takes one image through this stage's steps."""
-        with working():
-            return await self._engine.run(task)
+    async def run(self, task: DenoiseTask, reporting: bool = False) -> AsyncIterator[Alive | StepReport | Latents]:
+        """Takes one image through this stage's steps: signs of life on the way, the latents last.
 
-    async def run_reporting(self, task: DenoiseTask) -> AsyncIterator[StepReport | Latents]:
-        """The same, with a report after each step and of its place in the queue; the latents come last."""
-        events: asyncio.Queue[StepReport | None] = asyncio.Queue()
-        work = asyncio.create_task(self._engine.run(task, events.put_nowait))
-        work.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
+        `reporting`: a report after each step, and of its place in the queue, too.
+        """
+        call = Call(suspect=task.deaths > 0)
+        work = self._engine.run(task, call.report if reporting else None, call.turn)
+        async with aclosing(call.told(self._end, work)) as events:
+            async for event in events:
                 yield event
-            with working():
-                latents = await work
-            yield latents
-        finally:
-            work.cancel()
 
     async def describe(self) -> Description:
         """What this replica has loaded."""

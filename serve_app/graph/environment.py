@@ -3,7 +3,7 @@
 A Ray of our own listens on loopback and keeps its token. Ray has a setting for loopback under the name of another:
 with `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0` the node's address is 127.0.0.1, and all but two kinds of server bind it:
 Serve's proxy binds the host of its HTTP options, and each replica's server for calls between deployments binds every
-address; it answers nobody without the token (docs/security-ray.md).
+address; it answers nobody without the token (docs/security.md).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
+from serve_app.graph.metrics import CallMetrics
 from serve_app.graph.readiness import Readiness, ask_replica
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
@@ -41,7 +42,7 @@ class Ingress:
         text, decoded, *denoisers = await asyncio.gather(*(describe(stage, config.checkpoints) for stage in stages))
         facts = ModelFacts(text, *denoisers, decoder=decoded, embedded_demo=config.base.path == "embedded:base")
         check_native_size(facts.base.native_size_px, config.limits)
-        self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder))
+        self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder, CallMetrics().lost))
         handles = {"encode": encoder, "denoise": base, "refine": refiner, "decode": decoder}
         self._readiness = Readiness(
             {stage: ask_replica(handle) for stage, handle in handles.items() if handle is not None}

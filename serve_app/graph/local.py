@@ -110,6 +110,8 @@ def running(
             tell(warning)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    # What does not answer health checks does not drain either, and holds its share of a GPU meanwhile.
+    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
 
     import ray
     from ray import serve

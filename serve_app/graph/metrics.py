@@ -22,6 +22,10 @@ _COUNTERS: dict[str, tuple[str, str]] = {
     "steps": ("sdxl_steps_total", "Denoising steps of all images."),
     "forward_s": ("sdxl_forward_seconds_total", "Seconds in forward passes."),
     "split_passes": ("sdxl_split_passes_total", "Forward passes that failed and were run again in halves."),
+    "lowered_budgets": (
+        "sdxl_lowered_budgets_total",
+        "Sizes whose passes were made smaller after running out of memory.",
+    ),
     "finished": ("sdxl_finished_total", "Images that went through all of this stage's steps."),
     "failed": ("sdxl_failed_total", "Images, texts or pictures whose own work failed."),
     "cancelled": ("sdxl_cancelled_total", "Images, texts or pictures whose caller went away."),
@@ -56,3 +60,22 @@ class StageMetrics:
         for key, (name, _) in _GAUGES.items():
             if key in stats:
                 self._gauges[name].set(stats[key], tags=self._stage)
+
+
+class CallMetrics:
+    """What an ingress replica lost on the way to the stages."""
+
+    def __init__(self) -> None:
+        labels = ("stage", "cause")
+        self._lost = metrics.Counter(
+            "sdxl_lost_calls_total", "Calls to a stage that lost their replica.", tag_keys=labels
+        )
+        self._suspects = metrics.Counter(
+            "sdxl_suspect_calls_total", "Of these, calls that were in a pass when the replica died.", tag_keys=labels
+        )
+
+    def lost(self, stage: str, cause: str, suspect: bool) -> None:
+        tags = {"stage": stage, "cause": cause}
+        self._lost.inc(tags=tags)
+        if suspect:
+            self._suspects.inc(tags=tags)

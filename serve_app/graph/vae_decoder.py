@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -9,13 +11,14 @@ from ray import serve
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import Description
 from serve_app.graph.metrics import StageMetrics
-from serve_app.graph.replica import identity, prepare, working
+from serve_app.graph.replica import Call, End, end_when_hung, identity, prepare
 from serve_app.models.check import check
 from serve_app.models.checkpoint import locate
 from serve_app.request.errors import PictureFailed
 from serve_app.runtime.micro_batch import MicroBatcher
 from serve_app.runtime.scheduling import Budget, scheduler_for
-from serve_app.runtime.tasks import Urgency
+from serve_app.runtime.tasks import Alive, StepReport, Urgency
+from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
@@ -27,7 +30,7 @@ class VaeDecoder:
 
     def __init__(self, config: AppConfig) -> None:
         from serve_app.models.decode import Decoder
-        from serve_app.models.device import is_context_broken
+        from serve_app.models.device import is_context_broken, is_out_of_memory
 
         source = locate(config.vae or config.base, ("vae",))
         check(source, ("vae",))
@@ -41,15 +44,29 @@ class VaeDecoder:
             key=lambda latents: latents.shape,
             pixels=lambda latents: latents.shape[1] * latents.shape[2] * self._decoder.scale_factor**2,
             is_fatal=is_context_broken,
+            is_out_of_memory=is_out_of_memory,
+            watch=Watch(config.vae_decoder.first_pass_timeout_s),
             name="decode",
         )
+        self._end = End()
+        end_when_hung(self._end, self._batcher.overdue, self._batcher.abandon)
         self._checkpoints = config.checkpoints
         self._metrics = StageMetrics("decode")
 
-    async def decode(self, latents: Floats, urgency: Urgency) -> Bytes:
-        """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8)."""
-        with working():
-            pixels = await self._batcher.submit(latents, urgency)
+    async def decode(
+        self, latents: Floats, urgency: Urgency, deaths: int = 0
+    ) -> AsyncIterator[Alive | StepReport | Bytes]:
+        """Pixels (H, W, 3) uint8 of latents (4, H/8, W/8), after signs of life where it takes long.
+
+        `deaths`: as of the tasks of the other stages.
+        """
+        call = Call(suspect=deaths > 0)
+        async with aclosing(call.told(self._end, self._decode(latents, urgency, deaths, call))) as events:
+            async for event in events:
+                yield event
+
+    async def _decode(self, latents: Floats, urgency: Urgency, deaths: int, call: Call) -> Bytes:
+        pixels = await self._batcher.submit(latents, urgency, alone=deaths > 0, on_turn=call.turn)
         if isinstance(pixels, PictureFailed):
             raise pixels
         return pixels

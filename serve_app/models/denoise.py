@@ -19,7 +19,7 @@ from serve_app.models.backends.eager import Eager
 from serve_app.models.backends.rows import Backend, Rows
 from serve_app.models.backends.traced import Traced
 from serve_app.models.checkpoint import Checkpoint
-from serve_app.models.device import Compute, is_context_broken
+from serve_app.models.device import Compute, is_context_broken, is_out_of_memory
 from serve_app.models.files import refusing
 from serve_app.models.sampling import (
     Scheduler,
@@ -45,7 +45,10 @@ _OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
 
 @dataclass
 class Trajectory:
-    """One image on its way. Latents stay float32 whatever the UNet computes in."""
+    """One image on its way. Latents stay float32 whatever the UNet computes in.
+
+    Its tensors are on the CPU until its first pass: an image that waits holds no memory of the device.
+    """
 
     task: DenoiseTask
     scheduler: Scheduler
@@ -59,6 +62,7 @@ class Trajectory:
     time_ids: torch.Tensor  # (R, 5 or 6) float32
     previews: frozenset[int] = frozenset()  # steps after which one is wanted
     index: int = 0
+    on_device: bool = False
 
 
 class Denoiser:
@@ -155,8 +159,8 @@ class Denoiser:
             scheduler_step=make_step(scheduler, generator, task.eta),
             generator=generator,
             timesteps=timesteps,
-            model_timesteps=timesteps.to(self._compute.device, torch.float32),
-            latents=latents.to(self._compute.device),
+            model_timesteps=timesteps.to(torch.float32),
+            latents=latents,
             prompt_embeds=embeds,
             pooled=pooled,
             time_ids=time_ids,
@@ -189,12 +193,22 @@ class Denoiser:
             embeds.insert(0, given.negative_prompt_embeds)
             pooled.insert(0, given.negative_pooled_prompt_embeds)
             time_ids.insert(0, task.negative_time_ids)
-        device, dtype = self._compute.device, self._compute.dtype
         return (
-            torch.from_numpy(np.stack(embeds)).to(device, dtype),
-            torch.from_numpy(np.stack(pooled)).to(device, dtype),
-            torch.tensor(time_ids, dtype=torch.float32, device=device),
+            torch.from_numpy(np.stack(embeds)),
+            torch.from_numpy(np.stack(pooled)),
+            torch.tensor(time_ids, dtype=torch.float32),
         )
+
+    def _place(self, state: Trajectory) -> None:
+        """Puts a trajectory's tensors on the device, in the UNet's precision but for its latents and time ids."""
+        device, dtype = self._compute.device, self._compute.dtype
+        latents, time_ids = state.latents.to(device), state.time_ids.to(device)
+        model_timesteps = state.model_timesteps.to(device)
+        embeds, pooled = state.prompt_embeds.to(device, dtype), state.pooled.to(device, dtype)
+        # All or none: where memory runs out on the way, nothing stays.
+        state.latents, state.time_ids, state.prompt_embeds, state.pooled = latents, time_ids, embeds, pooled
+        state.model_timesteps = model_timesteps
+        state.on_device = True
 
     def job(self, state: Trajectory, job_id: str, arrived: float) -> Job:
         """Latents of one shape and conditioning of one length can share a pass; all else may differ."""
@@ -208,10 +222,14 @@ class Denoiser:
             steps_after=task.steps_after,
             priority=task.urgency.priority,
             deadline=task.urgency.deadline(arrived),
+            alone=task.deaths > 0,
         )
 
     def is_fatal(self, error: Exception) -> bool:
         return is_context_broken(error)
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return is_out_of_memory(error)
 
     @torch.inference_mode()
     def forward(self, states: Sequence[Trajectory]) -> list[torch.Tensor]:
@@ -224,6 +242,8 @@ class Denoiser:
 
     def _rows(self, state: Trajectory) -> Rows:
         """The rows of one image's next step."""
+        if not state.on_device:
+            self._place(state)
         timestep = state.timesteps[state.index]
         # Idempotent: scaling sets the scheduler's step index from its begin index, once.
         sample = state.scheduler.scale_model_input(state.latents, timestep).to(self._compute.dtype)

@@ -80,9 +80,20 @@ def is_context_broken(error: Exception) -> bool:
 
     Running out of memory does not, in a library's workspace (CUBLAS_STATUS_ALLOC_FAILED) either.
     """
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+    if is_out_of_memory(error):
         return False
+    text = str(error)
     if isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and ("CUDA error" in text or "EXECUTION_FAILED" in text)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a forward pass found too little memory, of the device or of the machine."""
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "out of memory" in text
+        or "ALLOC_FAILED" in text
+        or "can't allocate memory" in text  # PyTorch's allocator on the CPU
+    )

@@ -154,6 +154,13 @@ class PictureFailed(ServiceError):
     code = "picture_failed"
 
 
+class RequestKillsReplica(ServiceError):
+    """Two replicas died with this request in a pass, the second of them alone with it. Sending it again kills more."""
+
+    status = 500
+    code = "request_kills_replica"
+
+
 class InternalError(ServiceError):
     """A fault of the service. The details are in its log, under the request id."""
 

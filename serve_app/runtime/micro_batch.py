@@ -7,6 +7,7 @@ one. Here a queue fills while the device is busy and is taken when it frees up.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -16,13 +17,26 @@ from typing import Generic, TypeVar
 
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.scheduling import Job, StepScheduler
-from serve_app.runtime.tasks import Urgency
+from serve_app.runtime.tasks import WORD_LEAVES_S, Urgency
+from serve_app.runtime.watch import Watch
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 KeyT = TypeVar("KeyT", bound=Hashable)
 
+OnTurn = Callable[[bool], None]
+
 _AT_LEISURE = Urgency()
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(eq=False)
+class _Entry(Generic[ItemT, ResultT]):
+    item: ItemT
+    future: asyncio.Future[ResultT]
+    on_turn: OnTurn | None
+    alone: bool
+    told: bool = False  # that it waits
 
 
 class MicroBatcher(Generic[ItemT, ResultT]):
@@ -41,6 +55,8 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         key: Callable[[ItemT], Hashable],
         pixels: Callable[[ItemT], int] = lambda item: 0,
         is_fatal: Callable[[Exception], bool],
+        is_out_of_memory: Callable[[Exception], bool] = lambda error: False,
+        watch: Watch | None = None,
         name: str,
     ) -> None:
         self._run = run
@@ -48,32 +64,61 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         self._key = key
         self._pixels = pixels
         self._is_fatal = is_fatal
-        self._waiting: dict[str, tuple[ItemT, asyncio.Future[ResultT]]] = {}
-        self._running: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
+        self._is_out_of_memory = is_out_of_memory
+        self._watch = watch or Watch()
+        self._waiting: dict[str, _Entry[ItemT, ResultT]] = {}
+        self._running: list[_Entry[ItemT, ResultT]] = []
         self._next_id = 0
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-batch")
         self._fault: BaseException | None = None
-        self._counts = {"batches": 0, "items": 0, "failed": 0, "cancelled": 0}
+        self._counts = {"batches": 0, "items": 0, "failed": 0, "cancelled": 0, "lowered_budgets": 0}
+        self._out_of_memory = False  # in the batch under way, or a part of it
+        self._largest_part = 0  # items of the largest part of it that went through
 
-    async def submit(self, item: ItemT, urgency: Urgency = _AT_LEISURE) -> ResultT:
-        """The result for one item. Raises what its own work raised, or `StageUnavailable`."""
+    async def submit(
+        self, item: ItemT, urgency: Urgency = _AT_LEISURE, *, alone: bool = False, on_turn: OnTurn | None = None
+    ) -> ResultT:
+        """The result for one item. Raises what its own work raised, or `StageUnavailable`.
+
+        `alone`: in a batch of its own. `on_turn(waiting)` is called, on the event loop, when a batch leaves the item
+        out, and when it is then taken in; of one that runs alone always when it is taken in.
+        """
         self.check_health()
         future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
         job_id, self._next_id = str(self._next_id), self._next_id + 1
         deadline = urgency.deadline(time.monotonic())
         self._scheduler.add(
-            Job(job_id, self._key(item), pixels=self._pixels(item), priority=urgency.priority, deadline=deadline)
+            Job(
+                job_id,
+                self._key(item),
+                pixels=self._pixels(item),
+                priority=urgency.priority,
+                deadline=deadline,
+                alone=alone,
+            )
         )
-        self._waiting[job_id] = (item, future)
+        entry = self._waiting[job_id] = _Entry(item, future, on_turn, alone)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
+        elif self._running:
+            _tell_waiting(entry)
         return await future
 
     def check_health(self) -> None:
         """Raises `StageUnavailable` when no item can run here any more."""
         if self._fault is not None:
             raise StageUnavailable(f"this replica's device is lost: {self._fault!r}", retry_after_s=1)
+        if (overdue := self._watch.overdue()) is not None:
+            raise StageUnavailable(overdue, retry_after_s=1)
+
+    def overdue(self) -> str | None:
+        """One line where the batch under way counts as hung. For any thread."""
+        return self._watch.overdue()
+
+    def abandon(self, reason: str) -> None:
+        """Fails all items as unavailable, on the event loop, while the thread hangs. The process must end then."""
+        self._lose(StageUnavailable(reason, retry_after_s=1))
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and the items that wait now."""
@@ -84,34 +129,39 @@ class MicroBatcher(Generic[ItemT, ResultT]):
             await self._run_batches()
         except BaseException as error:
             # Nothing above should raise; if it does, nobody may wait for ever.
-            self._fault = error
-            lost = StageUnavailable(f"this replica can't work any more: {error!r}", retry_after_s=1)
-            for _, future in [*self._running, *self._waiting.values()]:
-                if not future.done():
-                    future.set_exception(lost)
+            self._lose(error)
             raise
+
+    def _lose(self, error: BaseException) -> None:
+        self._fault = error
+        lost = StageUnavailable(f"this replica can't work any more: {error!r}", retry_after_s=1)
+        for entry in [*self._running, *self._waiting.values()]:
+            if not entry.future.done():
+                entry.future.set_exception(lost)
 
     async def _run_batches(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := self._take():
             self._running = batch
-            items = [item for item, _ in batch]
+            items = [entry.item for entry in batch]
+            if batch[0].alone and batch[0].on_turn is not None:
+                await asyncio.sleep(WORD_LEAVES_S)
             started = time.monotonic()
-            outcomes = await loop.run_in_executor(self._thread, self._attempt, items)
+            outcomes = await loop.run_in_executor(self._thread, self._watched, items)
             self._scheduler.observe(time.monotonic() - started)
-            for (_, future), outcome in zip(batch, outcomes, strict=True):
+            for entry, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, _Failure):
                     self._counts["failed"] += 1
-                if future.done():
+                if entry.future.done():
                     continue  # its caller went away during the pass
                 if isinstance(outcome, _Failure):
-                    future.set_exception(outcome.error)
+                    entry.future.set_exception(outcome.error)
                 else:
-                    future.set_result(outcome)
+                    entry.future.set_result(outcome)
             self._running = []
 
-    def _take(self) -> list[tuple[ItemT, asyncio.Future[ResultT]]]:
-        for job_id in [job_id for job_id, (_, future) in self._waiting.items() if future.done()]:
+    def _take(self) -> list[_Entry[ItemT, ResultT]]:
+        for job_id in [job_id for job_id, entry in self._waiting.items() if entry.future.done()]:
             self._scheduler.remove(job_id)
             del self._waiting[job_id]
             self._counts["cancelled"] += 1
@@ -120,7 +170,32 @@ class MicroBatcher(Generic[ItemT, ResultT]):
             return []
         for job in batch.jobs:
             self._scheduler.remove(job.id)
-        return [self._waiting.pop(job.id) for job in batch.jobs]
+        taken = [self._waiting.pop(job.id) for job in batch.jobs]
+        for entry in taken:
+            if entry.on_turn is not None and (entry.told or entry.alone):
+                entry.on_turn(False)
+        for entry in self._waiting.values():
+            _tell_waiting(entry)
+        return taken
+
+    def _watched(self, items: list[ItemT]) -> list[ResultT | _Failure]:
+        key = self._key(items[0])
+        self._out_of_memory, self._largest_part = False, 0
+        with self._watch.over((key, len(items))):
+            outcomes = self._attempt(items)
+        if self._out_of_memory and self._largest_part and len(items) > 1:
+            self._lower_budget(key, len(items))
+        return outcomes
+
+    def _lower_budget(self, key: Hashable, items: int) -> None:
+        if self._scheduler.lower(key, self._largest_part):
+            self._counts["lowered_budgets"] += 1
+            logger.warning(
+                "a batch of %d of %s does not fit into the memory: from now on at most %d",
+                items,
+                key,
+                self._largest_part,
+            )
 
     def _attempt(self, items: list[ItemT]) -> list[ResultT | _Failure]:
         if self._fault is not None:
@@ -132,6 +207,7 @@ class MicroBatcher(Generic[ItemT, ResultT]):
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for {len(items)} items")
         except Exception as error:
+            self._out_of_memory |= self._is_out_of_memory(error)
             # The traceback keeps all that the failed pass had allocated: it must be gone before the halves run.
             error.__traceback__ = None
             if self._is_fatal(error):
@@ -142,6 +218,7 @@ class MicroBatcher(Generic[ItemT, ResultT]):
         if results is None:
             middle = len(items) // 2 if self._fault is None else len(items)
             return self._attempt(items[:middle]) + (self._attempt(items[middle:]) if items[middle:] else [])
+        self._largest_part = max(self._largest_part, len(items))
         self._counts["batches"] += 1
         self._counts["items"] += len(items)
         return list(results)
@@ -150,6 +227,12 @@ class MicroBatcher(Generic[ItemT, ResultT]):
 @dataclass(frozen=True)
 class _Failure:
     error: Exception
+
+
+def _tell_waiting(entry: _Entry[ItemT, ResultT]) -> None:
+    if entry.on_turn is not None and not entry.told:
+        entry.told = True
+        entry.on_turn(True)
 
 
 class SharedCache(Generic[KeyT, ResultT]):
@@ -162,25 +245,29 @@ class SharedCache(Generic[KeyT, ResultT]):
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
         self._kept: OrderedDict[KeyT, ResultT] = OrderedDict()
-        self._running: dict[tuple[KeyT, int], _Shared[ResultT]] = {}
+        self._running: dict[tuple[KeyT, int, bool], _Shared[ResultT]] = {}
         self._counts = {"cache_hits": 0, "cache_misses": 0}
 
     def stats(self) -> dict[str, int]:
         return self._counts | {"cache_entries": len(self._kept)}
 
-    async def get(self, key: KeyT, compute: Callable[[], Awaitable[ResultT]], priority: int = 0) -> ResultT:
+    async def get(
+        self, key: KeyT, compute: Callable[[], Awaitable[ResultT]], priority: int = 0, *, alone: bool = False
+    ) -> ResultT:
         """The result for `key`, from the cache, from a computation under way, or from a new one.
 
-        Those of one priority share a computation: who is more urgent does not wait with who is less.
+        Those of one priority share a computation: who is more urgent does not wait with who is less, and who must be
+        run `alone` shares only with its like.
         """
         if key in self._kept:
             self._kept.move_to_end(key)
             self._counts["cache_hits"] += 1
             return self._kept[key]
-        shared = self._running.get((key, priority))
+        group = (key, priority, alone)
+        shared = self._running.get(group)
         if shared is None:
             self._counts["cache_misses"] += 1
-            shared = self._running[key, priority] = _Shared(asyncio.ensure_future(compute()))
+            shared = self._running[group] = _Shared(asyncio.ensure_future(compute()))
         else:
             self._counts["cache_hits"] += 1
         shared.waiters += 1
@@ -190,8 +277,8 @@ class SharedCache(Generic[KeyT, ResultT]):
             shared.waiters -= 1
             if shared.waiters == 0:
                 shared.task.cancel()  # no effect where it is done
-            if (shared.task.done() or shared.waiters == 0) and self._running.get((key, priority)) is shared:
-                del self._running[key, priority]
+            if (shared.task.done() or shared.waiters == 0) and self._running.get(group) is shared:
+                del self._running[group]
         self._keep(key, result)
         return result
 

@@ -11,6 +11,9 @@ Two bounds hold whatever arrives, and the tests prove them on random arrivals:
   meanwhile; for at most L - 1 where nobody is more urgent.
 - A job leaves after at most `patience` + E + s passes of its lane: s its own steps, E those that were left of
   the jobs of its lane when it came. `patience` is how often later arrivals may go before it.
+
+Jobs that run alone stand aside of both: such a job starts once nothing else is under way, and until it leaves
+nothing else runs. If it ends its process, it is known who did.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ class Job:
         steps_after: steps that later stages will take on it, of about the same length; for its deadline alone.
         priority: larger goes first.
         deadline: when it is wanted, in seconds of the scheduler's clock.
+        alone: it shares no pass, and nothing else is under way from its first pass to its last.
     """
 
     id: str
@@ -65,6 +69,7 @@ class Job:
     steps_after: int = 0
     priority: int = 0
     deadline: float | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,16 @@ class _Waiting:
     arrived: float
     steps_left: int
     overtaken: int = 0
+    begun: bool = False
 
 
 @dataclass
 class _Lane:
     jobs: dict[str, _Waiting] = field(default_factory=dict)  # in order of arrival
     passed_over: int = 0  # passes of other lanes since this one's last
+
+
+_ALONE: Hashable = object()  # in place of the lane of a job that has none
 
 
 class StepScheduler:
@@ -182,6 +191,10 @@ class StepScheduler:
         self._clock = clock
         self._lanes: OrderedDict[Hashable, _Lane] = OrderedDict()  # the longest unserved first
         self._keys: dict[str, Hashable] = {}
+        self._begun: set[str] = set()  # jobs of the lanes that were in a pass
+        self._alone: dict[str, _Waiting] = {}  # jobs that run alone, in order of arrival
+        self._running_alone: str | None = None
+        self._lowered: dict[Hashable, int] = {}  # rows that passes of a key may have, where fewer than the budget's
         self._arrivals = 0
         self._pass_s = 0.0
 
@@ -194,15 +207,22 @@ class StepScheduler:
             raise ValueError(f"job {job.id} is here already")
         if job.rows < 1 or not self.budget.holds(job.rows, job.pixels):
             raise ValueError(f"job {job.id} takes {job.rows} rows and {job.pixels} pixels, a pass holds {self.budget}")
-        self._keys[job.id] = job.key
-        self._lanes.setdefault(job.key, _Lane()).jobs[job.id] = _Waiting(job, self._arrivals, self._clock(), job.steps)
+        jobs = self._alone if job.alone else self._lanes.setdefault(job.key, _Lane()).jobs
+        self._keys[job.id] = _ALONE if job.alone else job.key
+        jobs[job.id] = _Waiting(job, self._arrivals, self._clock(), job.steps)
         self._arrivals += 1
 
     def remove(self, job_id: str) -> None:
         """Drops a job: finished, failed or cancelled. Its rows are free from the next pass on."""
         key = self._keys.pop(job_id)
+        if key is _ALONE:
+            del self._alone[job_id]
+            if self._running_alone == job_id:
+                self._running_alone = None
+            return
         lane = self._lanes[key]
         del lane.jobs[job_id]
+        self._begun.discard(job_id)
         if not lane.jobs:
             del self._lanes[key]
 
@@ -210,24 +230,47 @@ class StepScheduler:
         """Tells how long a pass took, from which it is judged what can still meet its deadline."""
         self._pass_s = self._pass_s + _SMOOTHING * (seconds - self._pass_s) if self._pass_s else seconds
 
+    def lower(self, key: Hashable, rows: int) -> bool:
+        """Passes of this key hold at most that many rows from now on, or one job. Whether that is news."""
+        if rows >= self._lowered.get(key, self.budget.rows):
+            return False
+        self._lowered[key] = rows
+        return True
+
     def next_batch(self) -> Batch | None:
         """The next pass, None when there is nothing to do. Counts a step of every job in it."""
-        if not self._lanes:
+        if not self._keys:
             return None
+        if self._alone and not self._begun:
+            return self._next_alone()
         now = self._clock()
         key = self._choose_lane(now)
         for other, lane in self._lanes.items():
             lane.passed_over = 0 if other == key else lane.passed_over + 1
         self._lanes.move_to_end(key)
-        return self._fill(self._in_order(self._lanes[key], now))
+        rows = self._lowered.get(key, self.budget.rows)
+        return self._fill(self._in_order(self._lanes[key], now), rows)
+
+    def _next_alone(self) -> Batch:
+        if self._running_alone is None:
+            first = min(self._alone.values(), key=lambda waiting: (-waiting.job.priority, waiting.arrival))
+            self._running_alone = first.job.id
+        chosen = self._alone[self._running_alone]
+        chosen.steps_left -= 1
+        return Batch((chosen.job,), chosen.job.rows)
 
     def _choose_lane(self, now: float) -> Hashable:
-        if len(self._lanes) == 1:
-            return next(iter(self._lanes))
-        key, lane = max(self._lanes.items(), key=lambda item: item[1].passed_over)  # the first of equals
+        lanes = self._lanes
+        if self._alone:  # what has begun ends first
+            lanes = OrderedDict(
+                (key, lane) for key, lane in lanes.items() if any(waiting.begun for waiting in lane.jobs.values())
+            )
+        if len(lanes) == 1:
+            return next(iter(lanes))
+        key, lane = max(lanes.items(), key=lambda item: item[1].passed_over)  # the first of equals
         if lane.passed_over >= self.patience:
             return key
-        return min(self._lanes, key=lambda k: min(self._urgency(w, now) for w in self._lanes[k].jobs.values()))
+        return min(lanes, key=lambda k: min(self._urgency(w, now) for w in lanes[k].jobs.values()))
 
     def _in_order(self, lane: _Lane, now: float) -> list[_Waiting]:
         def rank(waiting: _Waiting) -> tuple[float, ...]:
@@ -252,17 +295,23 @@ class StepScheduler:
         """Lanes take turns: a lane's next pass begins when all have had theirs."""
         return self._pass_s * len(self._lanes)
 
-    def _fill(self, ordered: list[_Waiting]) -> Batch:
+    def _fill(self, ordered: list[_Waiting], most_rows: int) -> Batch:
         chosen: list[Job] = []
         left: list[Job] = []
         rows = pixels = 0
         newest = -1  # the latest arrival that has gone so far
         for waiting in ordered:
             job = waiting.job
-            if self.budget.holds(rows + job.rows, pixels + job.pixels):
+            held_back = bool(self._alone) and not waiting.begun
+            fits = self.budget.holds(rows + job.rows, pixels + job.pixels) and (
+                rows + job.rows <= most_rows or not chosen
+            )
+            if fits and not held_back:
                 chosen.append(job)
                 rows, pixels = rows + job.rows, pixels + job.pixels
                 waiting.steps_left -= 1
+                waiting.begun = True
+                self._begun.add(job.id)
                 newest = max(newest, waiting.arrival)
             else:
                 left.append(job)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from serve_app.config.settings import AppConfig
 from serve_app.pictures import infotext
 from serve_app.pictures.files import encode_image, encode_preview
-from serve_app.request.errors import InvalidRequest
+from serve_app.request.errors import InvalidRequest, RequestKillsReplica
 from serve_app.request.facts import ModelFacts
 from serve_app.request.resolve import ResolvedRequest, check_priority, parameters, resolve
 from serve_app.request.schema import (
@@ -33,6 +33,7 @@ from serve_app.request.schema import (
 from serve_app.runtime.admission import Admission
 from serve_app.runtime.events import Event, EventStream
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
+from serve_app.runtime.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
@@ -51,6 +52,7 @@ class ImageService:
         self.facts = facts
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
+        self._quarantine = Quarantine(time.monotonic)
 
     @property
     def draining(self) -> bool:
@@ -173,7 +175,9 @@ class ImageService:
     def _resolve(self, request: ImageRequest, request_id: str | None, any_priority: bool) -> ResolvedRequest:
         if not any_priority:
             check_priority(request, self.config.limits)
-        return resolve(request, self.facts, self.config.limits, request_id)
+        resolved = resolve(request, self.facts, self.config.limits, request_id)
+        self._quarantine.check(resolved)
+        return resolved
 
     def _encode_file(self, pixels: Bytes, request: ResolvedRequest, index: int) -> bytes:
         fields = parameters(request, index)
@@ -201,7 +205,11 @@ class ImageService:
                 on_ready(ImageReady(index, picture))
             return picture
 
-        drawing = await draw(request, self._stages, deliver, listener)
+        try:
+            drawing = await draw(request, self._stages, deliver, listener)
+        except RequestKillsReplica:
+            self._quarantine.add(request)
+            raise
         warnings = [*request.warnings, *drawing.warnings]
         return ImageResult(
             drawing.images, warnings, drawing.timings, request.request_id, int(time.time()), drawing.text_tokens

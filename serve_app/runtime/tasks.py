@@ -33,9 +33,26 @@ class Urgency:
         return self if self.time_left_s is None else replace(self, time_left_s=self.time_left_s - seconds)
 
 
+# Before work that runs alone begins its first pass, so that the word on its turn is out if the pass ends the process.
+WORD_LEAVES_S = 0.05
+
+
+@dataclass(frozen=True)
+class Alive:
+    """A replica's word on a call that it has taken: its event loop runs, and so does what it waits for.
+
+    `waiting`: the work is in no pass and was in none yet. Only what is not may have harmed a replica that dies.
+    """
+
+    waiting: bool = False
+
+
 @dataclass(frozen=True)
 class EncodeTask:
-    """The texts of one request. The text encoder turns them into a `Conditioning`."""
+    """The texts of one request. The text encoder turns them into a `Conditioning`.
+
+    `deaths`: replicas that died with this work in a pass, perhaps by it. After one it is run alone.
+    """
 
     prompt: str
     prompt_2: str | None
@@ -46,6 +63,7 @@ class EncodeTask:
     refined: bool
     refiner_guided: bool
     urgency: Urgency = Urgency()
+    deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,7 @@ class DenoiseTask:
     urgency: Urgency = Urgency()
     steps_after: int = 0  # about how many the next stage will take
     preview_at: tuple[float, ...] = ()  # fractions of this stage's steps after which a preview is wanted
+    deaths: int = 0  # replicas of this stage that died with it in a pass; after one it is run alone
 
     @property
     def guided(self) -> bool:

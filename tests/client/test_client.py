@@ -32,6 +32,7 @@ from serve_app.request.errors import (
     InvalidRequest,
     Overloaded,
     PictureFailed,
+    RequestKillsReplica,
     RouteNotFound,
     ServiceError,
     StageUnavailable,
@@ -379,6 +380,20 @@ async def test_an_answer_of_somebody_else(answer: httpx.Response, tries: int, wa
     assert "sdxl-serve" in str(error) and "<html>" not in str(error)
     if answer.status_code != 200:
         assert error.status == answer.status_code
+
+
+async def test_a_plain_500_of_ray_s_proxy_is_a_connection_that_was_cut(waits: list[float]) -> None:
+    """An ingress replica died with the request in it."""
+    plain = httpx.Response(500, text="Internal Server Error")
+    await check_tries(Script(plain, finished()), 2, None)
+    error = await check_tries(Script(plain), 3, ServiceUnreachable)
+    assert "a process died" in str(error)
+    await check_tries(Script(httpx.Response(500, text="a gateway's own")), 1, UnexpectedAnswer)
+
+
+async def test_a_request_that_kills_replicas_is_not_sent_again(waits: list[float]) -> None:
+    error = await check_tries(Script(refusal(RequestKillsReplica("no more"))), 1, RequestKillsReplica)
+    assert error.retry_after_s is None and waits == []
 
 
 async def test_a_connection_that_breaks(waits: list[float]) -> None:

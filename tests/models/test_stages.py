@@ -186,6 +186,24 @@ def test_shapes_that_cannot_share_a_pass_have_other_keys(base: Checkpoint) -> No
     assert len(keys) == 3
 
 
+def test_a_trajectory_is_on_the_device_from_its_first_pass_on(base: Checkpoint) -> None:
+    denoiser = Denoiser(base, FLOAT32)
+    waiting, going = denoiser.begin(task()), denoiser.begin(task())
+    # A device without memory of its own: what is put there is there, and can be told from the CPU's.
+    denoiser._compute = Compute(torch.device("meta"), torch.float16)
+    denoiser._place(going)
+    tensors = ("latents", "prompt_embeds", "pooled", "time_ids")
+    assert {getattr(going, name).device.type for name in tensors} == {"meta"}
+    assert {getattr(waiting, name).device.type for name in tensors} == {"cpu"}
+    assert (going.prompt_embeds.dtype, going.pooled.dtype) == (torch.float16, torch.float16)
+    assert (going.latents.dtype, going.time_ids.dtype) == (torch.float32, torch.float32)
+
+
+def test_a_task_whose_replica_died_asks_to_run_alone(base: Checkpoint) -> None:
+    denoiser = Denoiser(base, FLOAT32)
+    assert [denoiser.job(denoiser.begin(task(deaths=n)), "a", 0.0).alone for n in (0, 1)] == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_stay_float32_whatever_the_unet_computes_in(base: Checkpoint, dtype: torch.dtype) -> None:
     denoiser = Denoiser(base, Compute(torch.device("cpu"), dtype))

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from serve_app.request.errors import StageUnavailable
-from serve_app.runtime.engine import StepEngine
+from serve_app.runtime.engine import ReplicaLeaving, StepEngine
 from serve_app.runtime.scheduling import Budget, Job, StepScheduler
 from serve_app.runtime.tasks import Stay, StepReport
+from serve_app.runtime.watch import Watch
 
 DEADLINE_S = 20  # of a wait that ends at once unless the engine is broken
 
@@ -32,6 +33,7 @@ class Task:
     fatal: bool = False
     priority: int = 0
     preview_at: int = 0
+    alone: bool = False
 
 
 @dataclass
@@ -77,7 +79,7 @@ class CountingRunner:
 
     def job(self, state: State, job_id: str, arrived: float) -> Job:
         task = state.task
-        return Job(job_id, task.key, task.rows, steps=task.steps, priority=task.priority)
+        return Job(job_id, task.key, task.rows, steps=task.steps, priority=task.priority, alone=task.alone)
 
     def forward(self, states: Sequence[State]) -> list[int]:
         self.threads.add(threading.get_ident())
@@ -102,6 +104,9 @@ class CountingRunner:
 
     def is_fatal(self, error: Exception) -> bool:
         return isinstance(error, BrokenDevice)
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
 
     @staticmethod
     def _fail_if(task: Task, where: str, step: int) -> None:
@@ -365,8 +370,105 @@ async def test_a_pass_too_large_for_the_memory_goes_through_in_parts() -> None:
         runner.let_go()
         await plug
         assert [await task for task in running] == [whole(task) for task in tasks]
-    assert engine.stats()["failed"] == 0
+        # It is learned: no further pass of this size is tried.
+        split = engine.stats()["split_passes"]
+        again = await start(engine, *tasks)
+        assert [await task for task in again] == [whole(task) for task in tasks]
+    stats = engine.stats()
+    assert (stats["failed"], stats["lowered_budgets"], stats["split_passes"]) == (0, 1, split)
     engine.close()
+
+
+async def test_a_fault_that_is_none_of_memory_lowers_no_budget() -> None:
+    async with an_engine(held=True) as (engine, runner):
+        plug = await hold_one(engine, runner, Task("plug"))
+        running = await start(engine, Task("a"), Task("b", fails_in="forward"))
+        runner.let_go()
+        await asyncio.gather(plug, *running, return_exceptions=True)
+        await asyncio.gather(*await start(engine, *(Task(name, steps=3) for name in "abcd")))
+        assert ["a", "b", "c", "d"] in runner.passes
+        assert engine.stats()["lowered_budgets"] == 0
+
+
+async def test_a_task_larger_than_the_memory_lowers_no_budget() -> None:
+    """It fails alone; that others would fit is not known of it."""
+
+    class Full(CountingRunner):
+        def forward(self, states: Sequence[State]) -> list[int]:
+            raise MemoryError
+
+    engine: Engine = StepEngine(Full(), StepScheduler(Budget(4)), "test")
+    with pytest.raises(MemoryError):
+        await engine.run(Task("a"))
+    assert engine.stats()["lowered_budgets"] == 0
+    engine.close()
+
+
+async def test_turns_are_told() -> None:
+    turns: dict[str, list[bool]] = {name: [] for name in "abs"}
+
+    def run(engine: Engine, task: Task) -> asyncio.Task[Result]:
+        return asyncio.create_task(engine.run(task, on_turn=turns[task.name].append))
+
+    async with an_engine(max_rows=2, held=True) as (engine, runner):
+        plug = await hold_one(engine, runner, Task("plug", steps=2))
+        a, b = run(engine, Task("a")), run(engine, Task("b"))
+        s = run(engine, Task("s", alone=True))
+        while engine.stats()["waiting"] < 3:
+            await asyncio.sleep(0)
+        runner.let_go()
+        await asyncio.gather(plug, a, b, s)
+        # The suspect waits for what is under way, and what came with it waits for the suspect.
+        assert runner.passes == [["plug"], ["plug"], ["s"], ["a", "b"]]
+    assert turns == {"a": [True, False], "b": [True, False], "s": [True, False]}
+
+
+async def test_who_is_taken_in_at_once_is_told_nothing_but_for_suspects() -> None:
+    turns: list[bool] = []
+    async with an_engine() as (engine, _):
+        await engine.run(Task("a", steps=3), on_turn=turns.append)
+        assert turns == []
+        await engine.run(Task("a", steps=3, alone=True), on_turn=turns.append)
+        assert turns == [False]
+
+
+async def test_a_pass_that_hangs_fails_health_and_its_tasks_can_be_abandoned() -> None:
+    now = 0.0
+    runner = CountingRunner()
+    runner.held = True
+    engine: Engine = StepEngine(
+        runner, StepScheduler(Budget(4)), "test", clock=lambda: now, watch=Watch(60, clock=lambda: now)
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        a = await hold_one(engine, runner, Task("a"))
+        (b,) = await start(engine, Task("b"))
+        now = 59.0
+        engine.check_health()
+        assert engine.overdue() is None
+        now = 61.0
+        with pytest.raises(StageUnavailable, match="under way for 61 s"):
+            engine.check_health()
+        reason = engine.overdue()
+        assert reason is not None
+        with pytest.raises(StageUnavailable):
+            await engine.run(Task("c"))
+        engine.abandon(reason)
+        for task in (a, b):
+            with pytest.raises(StageUnavailable, match="under way"):
+                await task
+        runner.let_go()
+        engine.join()  # the pass ends after all: the thread ends quietly
+
+
+async def test_work_that_is_shut_down_in_order_says_so() -> None:
+    async with an_engine(held=True) as (engine, runner):
+        a = await hold_one(engine, runner, Task("a", steps=5))
+        engine.close()
+        runner.let_go()
+        with pytest.raises(ReplicaLeaving):
+            await a
+        with pytest.raises(ReplicaLeaving):
+            await engine.run(Task("late"))
 
 
 @pytest.mark.parametrize("where", ["begin", "advance", "finish"])
@@ -460,6 +562,7 @@ async def test_the_counters_count() -> None:
             "steps": 4,
             "full_passes": 1,
             "split_passes": 0,
+            "lowered_budgets": 0,
             "finished": 2,
             "failed": 0,
             "cancelled": 0,

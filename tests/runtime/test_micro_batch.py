@@ -13,6 +13,7 @@ from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.micro_batch import MicroBatcher, SharedCache
 from serve_app.runtime.scheduling import Budget, StepScheduler
 from serve_app.runtime.tasks import Urgency
+from serve_app.runtime.watch import Watch
 
 DEADLINE_S = 20  # of a wait that ends at once unless something is broken
 
@@ -92,7 +93,8 @@ async def test_what_comes_while_the_device_is_busy_is_one_batch() -> None:
         device.let_go()
         assert [await task for task in (plug, *tasks)] == ["PLUG", "A", "B", "C"]
         assert device.batches == [["plug"], ["a", "b", "c"]]
-        assert batcher.stats() == {"batches": 2, "items": 4, "failed": 0, "cancelled": 0, "waiting": 0}
+        counts = {"batches": 2, "items": 4, "failed": 0, "cancelled": 0, "lowered_budgets": 0, "waiting": 0}
+        assert batcher.stats() == counts
 
 
 async def test_more_urgent_items_go_first() -> None:
@@ -252,6 +254,79 @@ class Computation:
         return self.outcome
 
 
+async def test_a_batch_too_large_for_the_memory_is_not_tried_again() -> None:
+    sizes: list[int] = []
+
+    def run(items: Sequence[str]) -> list[str]:
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise MemoryError
+        return [item.upper() for item in items]
+
+    batcher: MicroBatcher[str, str] = MicroBatcher(
+        run,
+        StepScheduler(Budget(4)),
+        key=lambda item: "",
+        is_fatal=lambda error: False,
+        is_out_of_memory=lambda error: isinstance(error, MemoryError),
+        name="test",
+    )
+    for _ in range(2):
+        tasks = [asyncio.create_task(batcher.submit(item)) for item in "abcd"]
+        assert [await asyncio.wait_for(task, DEADLINE_S) for task in tasks] == ["A", "B", "C", "D"]
+    assert sizes == [4, 2, 2, 2, 2]
+    assert batcher.stats()["lowered_budgets"] == 1
+
+
+async def test_suspects_run_alone_and_turns_are_told() -> None:
+    turns: dict[str, list[bool]] = {name: [] for name in ("a", "b", "s", "t")}
+    async with a_batcher() as (batcher, device):
+        plug = await busy(batcher, device)
+        tasks = [
+            asyncio.create_task(batcher.submit(name, alone=name in "st", on_turn=turns[name].append)) for name in turns
+        ]
+        await asyncio.sleep(0)
+        device.let_go()
+        await asyncio.gather(plug, *tasks)
+        assert sorted(map(sorted, device.batches)) == [["a", "b"], ["plug"], ["s"], ["t"]]
+        turns["s"].clear()
+        await batcher.submit("s", alone=True, on_turn=turns["s"].append)
+        await batcher.submit("a", on_turn=turns["s"].append)
+    assert turns == {"a": [True, False], "b": [True, False], "t": [True, False], "s": [False]}
+
+
+async def test_a_batch_that_hangs_fails_health_and_its_items_can_be_abandoned() -> None:
+    now = 0.0
+    device = Device()
+    device.held = True
+    batcher: MicroBatcher[str, str] = MicroBatcher(
+        device.run,
+        StepScheduler(Budget(4)),
+        key=lambda item: "",
+        is_fatal=lambda error: False,
+        watch=Watch(60, clock=lambda: now),
+        name="test",
+    )
+    async with asyncio.timeout(DEADLINE_S):
+        a = asyncio.create_task(batcher.submit("a"))
+        await device.inside()
+        b = asyncio.create_task(batcher.submit("b"))
+        await asyncio.sleep(0)
+        batcher.check_health()
+        now = 61.0
+        with pytest.raises(StageUnavailable, match="under way for 61 s"):
+            batcher.check_health()
+        reason = batcher.overdue()
+        assert reason is not None
+        batcher.abandon(reason)
+        for task in (a, b):
+            with pytest.raises(StageUnavailable, match="under way"):
+                await task
+        with pytest.raises(StageUnavailable):
+            await batcher.submit("c")
+    device.let_go()
+
+
 def at_once(value: str) -> Callable[[], Awaitable[str]]:
     async def compute() -> str:
         return value
@@ -286,6 +361,14 @@ async def test_the_urgent_do_not_wait_with_those_who_can() -> None:
     patient.set_result("patient")
     assert await waiting == "patient"
     assert cache.stats() == {"cache_hits": 0, "cache_misses": 2, "cache_entries": 1}
+
+
+async def test_suspects_share_no_computation_with_others() -> None:
+    cache: SharedCache[str, str] = SharedCache(4)
+    ordinary = asyncio.create_task(cache.get("a", never))
+    await asyncio.sleep(0)
+    assert await cache.get("a", at_once("alone"), alone=True) == "alone"
+    ordinary.cancel()
 
 
 async def test_what_many_ask_for_is_computed_once() -> None:

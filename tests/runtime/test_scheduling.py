@@ -392,3 +392,81 @@ def test_the_same_job_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="here already"):
         scheduler.add(Job("a", "other", 1))
     assert names(scheduler.next_batch()) == ["a"]
+
+
+class Suspects(RuleBasedStateMachine):
+    """Some jobs run alone: from the first pass of one to its last nothing else is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = StepScheduler(Budget(6), patience=3)
+        self.jobs: dict[str, Job] = {}
+        self.left: dict[str, int] = {}
+        self.begun: set[str] = set()
+        self.added = 0
+
+    @rule(key=st.sampled_from("ab"), rows=st.integers(1, 3), steps=st.integers(1, 4), alone=st.booleans())
+    def add(self, key: str, rows: int, steps: int, alone: bool) -> None:
+        job = Job(f"{self.added}", key, rows, steps=steps, alone=alone)
+        self.added += 1
+        self.scheduler.add(job)
+        self.jobs[job.id], self.left[job.id] = job, steps
+
+    def take_out(self, job_id: str) -> None:
+        del self.jobs[job_id], self.left[job_id]
+        self.begun.discard(job_id)
+        self.scheduler.remove(job_id)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.take_out(data.draw(st.sampled_from(sorted(self.jobs))))
+
+    @precondition(lambda self: self.jobs)
+    @rule()
+    def run_a_pass(self) -> None:
+        batch = self.scheduler.next_batch()
+        assert batch is not None and batch.jobs, "a pass has work"
+        chosen = set(names(batch))
+        waiting_alone = [job for job in self.jobs.values() if job.alone]
+        if any(job.alone for job in batch.jobs):
+            assert len(chosen) == 1 and self.begun <= chosen, "nothing else is under way"
+            first = min(waiting_alone, key=lambda job: (job.id not in self.begun, int(job.id)))
+            assert chosen == {first.id}, "one after the other, in order of arrival"
+        elif waiting_alone:
+            assert chosen <= self.begun, "what has not begun waits"
+        self.begun |= chosen
+        for job_id in chosen:
+            self.left[job_id] -= 1
+            if self.left[job_id] == 0:
+                self.take_out(job_id)
+
+    @invariant()
+    def holds_what_was_put_in(self) -> None:
+        assert len(self.scheduler) == len(self.jobs)
+
+    def teardown(self) -> None:
+        bound = sum(self.left.values())
+        while self.jobs:
+            self.run_a_pass()
+            bound -= 1
+            assert bound >= 0, "each pass takes somebody on"
+
+
+Suspects.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSuspects = Suspects.TestCase
+
+
+def test_a_lowered_budget_is_that_of_its_key_alone_and_only_goes_down() -> None:
+    scheduler = StepScheduler(Budget(8))
+    for name in "abcd":
+        scheduler.add(Job(f"{name}1", "large", rows=2, steps=9))
+        scheduler.add(Job(f"{name}2", "small", rows=2, steps=9))
+    assert scheduler.lower("large", 4)
+    assert not scheduler.lower("large", 4) and not scheduler.lower("large", 6), "no news"
+    assert not scheduler.lower("other", 8), "it holds as many anyway"
+    rows = {str(batch.jobs[0].key): batch.rows for batch in (scheduler.next_batch(), scheduler.next_batch()) if batch}
+    assert rows == {"large": 4, "small": 8}
+    assert scheduler.lower("large", 1)
+    batch = next(b for b in (scheduler.next_batch(), scheduler.next_batch()) if b and b.jobs[0].key == "large")
+    assert batch.rows == 2, "one job runs, however large it is"
