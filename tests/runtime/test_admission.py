@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.request.errors import InvalidRequest, Overloaded
+from serve_app.request.errors import Draining, InvalidRequest, Overloaded
 from serve_app.runtime.admission import Admission
 
 
@@ -31,6 +31,18 @@ def test_images_in_flight_are_counted_up_and_down() -> None:
         assert admission.in_flight == 3
         with admission.hold(1):
             assert admission.in_flight == 4
+        assert admission.in_flight == 3
+    assert admission.in_flight == 0
+
+
+def test_what_drains_keeps_what_it_has_and_takes_in_nothing() -> None:
+    admission = Admission(4, Clock())
+    with admission.hold(3):
+        admission.draining = True
+        for images in (1, 4, 0):
+            with pytest.raises(Draining) as caught, admission.hold(images):
+                pass
+            assert caught.value.retry_after_s == 5
         assert admission.in_flight == 3
     assert admission.in_flight == 0
 
