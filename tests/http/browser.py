@@ -13,7 +13,7 @@ import pytest
 from playwright.async_api import Page, async_playwright
 
 OUTPUT = Path(__file__).parent.parent / "output"
-_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def chromium() -> str:
@@ -33,7 +33,7 @@ async def a_page(url: str, path: str = "/", ready: str = "#examples button", **c
     """
     faults: list[str] = []
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=chromium(), args=_FLAGS, timeout=180_000)
+        browser = await playwright.chromium.launch(executable_path=chromium(), args=FLAGS, timeout=180_000)
         page = await browser.new_page(**context)
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: faults.append(str(error)))

@@ -35,6 +35,18 @@ def test_images_in_flight_are_counted_up_and_down() -> None:
     assert admission.in_flight == 0
 
 
+def test_what_drains_keeps_what_it_has_and_takes_in_nothing() -> None:
+    admission = Admission(4, Clock())
+    with admission.hold(3):
+        admission.draining = True
+        for images in (1, 4, 0):
+            with pytest.raises(Draining) as caught, admission.hold(images):
+                pass
+            assert caught.value.retry_after_s == 5
+        assert admission.in_flight == 3
+    assert admission.in_flight == 0
+
+
 def test_what_fails_or_is_cancelled_leaves_too() -> None:
     admission = Admission(4, Clock())
     for error in (ValueError, KeyboardInterrupt):
