@@ -28,14 +28,16 @@ def build_app(args: dict[str, Any]) -> Application:
 def build_graph(config: AppConfig, overrides: dict[str, dict[str, Any]] | None = None) -> Application:
     """Binds the deployments. `overrides`: deployment options by name, as in Ray's `deployments:` list."""
     options = deployment_options(config, overrides)
-    text_encoder = TextEncoder.options(**options["TextEncoder"]).bind(config)
-    base = Denoiser.options(**options["BaseDenoiser"]).bind(config, "denoise")
-    refiner = None
-    if config.refiner is not None:
-        refiner = Denoiser.options(**options["Refiner"]).bind(config, "refine")
-    vae_decoder = VaeDecoder.options(**options["VaeDecoder"]).bind(config)
 
-    return Ingress.options(**options["Ingress"]).bind(config, text_encoder, base, refiner, vae_decoder)
+    def bound(deployment: Any, name: str, *arguments: Any) -> Application:
+        return deployment.options(**options[name]).bind(config, *arguments)
+
+    text_encoder = bound(TextEncoder, "TextEncoder")
+    base = bound(Denoiser, "BaseDenoiser", "denoise")
+    refiner = None if config.refiner is None else bound(Denoiser, "Refiner", "refine")
+    vae_decoder = bound(VaeDecoder, "VaeDecoder")
+
+    return bound(Ingress, "Ingress", text_encoder, base, refiner, vae_decoder)
 
 
 def deployment_options(

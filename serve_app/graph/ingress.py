@@ -28,7 +28,7 @@ from serve_app.runtime.service import ImageService
 class Ingress:
     """HTTP by the ASGI application, Python by `generate` and `stream`."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         config: AppConfig,
         encoder: DeploymentHandle,
@@ -40,7 +40,13 @@ class Ingress:
         # Only the replicas read the checkpoints, so what must be known of them is asked of them.
         stages = [stage for stage in (encoder, decoder, base, refiner) if stage is not None]
         text, decoded, *denoisers = await asyncio.gather(*(describe(stage, config.checkpoints) for stage in stages))
-        facts = ModelFacts(text, *denoisers, decoder=decoded, embedded_demo=config.base.path == "embedded:base")
+        facts = ModelFacts(
+            text,
+            denoisers[0],
+            denoisers[1] if refiner is not None else None,
+            decoded,
+            embedded_demo=config.base.path == "embedded:base",
+        )
         check_native_size(facts.base.native_size_px, config.limits)
         self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder, CallMetrics().lost))
         handles = {"encode": encoder, "denoise": base, "refine": refiner, "decode": decoder}

@@ -33,7 +33,7 @@ class TextEncoder:
         from serve_app.models.device import is_context_broken, is_out_of_memory
         from serve_app.models.encode import TextEncoders
 
-        components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        components: tuple[str, ...] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         base = locate(config.base, components)
         check(base, components)
         refiner = None

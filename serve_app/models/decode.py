@@ -38,6 +38,7 @@ class Decoder:
         # Convolutions of few pictures are a quarter quicker so.
         self._vae.to(compute.device, memory_format=torch.channels_last)
         self._device = compute.device
+        self._factor = float(self._vae.config.scaling_factor)
         self.float32_retries = 0
         self._folder = source.path("vae")
         with refusing(f"{self._folder}: encoding a few colours"):
@@ -111,11 +112,11 @@ class Decoder:
 
     def _scale(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._statistics(latents)
-        return (latents - mean) * self._vae.config.scaling_factor / std
+        return (latents - mean) * self._factor / std
 
     def _unscale(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._statistics(latents)
-        return latents * std / self._vae.config.scaling_factor + mean
+        return latents * std / self._factor + mean
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Mean and deviation of each channel where the configuration has them, else 0 and 1."""
@@ -123,11 +124,11 @@ class Decoder:
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
             return 0.0, 1.0
-        like = {"dtype": latents.dtype, "device": latents.device}
-        return torch.tensor(mean, **like).view(1, -1, 1, 1), torch.tensor(std, **like).view(1, -1, 1, 1)
+        return latents.new_tensor(mean).view(1, -1, 1, 1), latents.new_tensor(std).view(1, -1, 1, 1)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0].float()
+        images: torch.Tensor = self._vae.decode(latents.to(self._vae.dtype), return_dict=False)[0]
+        return images.float()
 
     def _decode_in_float32(self, latents: torch.Tensor) -> torch.Tensor:
         """One picture. Where float32 does not fit into the replica's memory it stays not finite."""

@@ -238,7 +238,7 @@ class Denoiser:
         if self._compute.device.type == "cuda":
             # Launches run ahead of the device; who joins or leaves must be decided a pass at a time.
             torch.cuda.current_stream().synchronize()
-        return list(noise.float().split([state.task.rows for state in states]))
+        return list(torch.split(noise.float(), [state.task.rows for state in states]))
 
     def _rows(self, state: Trajectory) -> Rows:
         """The rows of one image's next step."""

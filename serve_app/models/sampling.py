@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from functools import partial
 from typing import Any
 
@@ -99,7 +100,7 @@ def _start_by_strength(scheduler: Scheduler, strength: float) -> int:
 
 
 def _cutoff(scheduler: Scheduler, fraction: float) -> int:
-    total = scheduler.config.num_train_timesteps
+    total: int = scheduler.config.num_train_timesteps
     return round(total - fraction * total)
 
 
@@ -147,8 +148,8 @@ def predicted_original(
     else:
         # With zero terminal SNR there is none at the first step; diffusers' sigmas end at this much, too.
         signal = max(float(scheduler.alphas_cumprod[int(timestep)]), 2**-24)
-        ratio = ((1 - signal) / signal) ** 0.5
-    alpha = (1 + ratio**2) ** -0.5
+        ratio = math.sqrt((1 - signal) / signal)
+    alpha: float = (1 + ratio**2) ** -0.5
     sigma = ratio * alpha
     row = BY_CLASS.get(type(scheduler).__name__)
     if row is not None and row.over_sigmas:

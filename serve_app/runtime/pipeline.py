@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from serve_app.request.resolve import ResolvedRequest
 from serve_app.request.schema import STAGES, Progress, StageName, StageTiming
@@ -35,10 +35,8 @@ ImageT = TypeVar("ImageT")
 OnStep = Callable[[StepReport], None]
 
 
-class Denoise(Protocol):
-    """A denoiser: the latents after a task's steps; `on_step`, where given, hears of it on the way."""
-
-    def __call__(self, task: DenoiseTask, on_step: OnStep | None) -> Awaitable[Latents]: ...
+Denoise = Callable[[DenoiseTask, OnStep | None], Awaitable[Latents]]
+"""A denoiser: the latents after a task's steps. The second argument, where given, is called with each step's report."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,8 +22,8 @@ def train_autoencoder(stage: Stage, work: Path, device: torch.device) -> Autoenc
     """Learns on 64 px crops, cut along the latent grid, and at the end on whole pictures."""
     torch.manual_seed(SEED)
     colour = nn.Conv2d(models.LATENT_CHANNELS, 3, 1)  # see `colour_loss`; not part of the autoencoder
-    modules = nn.ModuleDict({"vae": models.make_autoencoder(), "colour": colour})
-    modules = modules.to(device, memory_format=torch.channels_last)
+    modules: Any = nn.ModuleDict({"vae": models.make_autoencoder(), "colour": colour})
+    modules.to(device, memory_format=torch.channels_last)  # PyTorch's types lack the keyword
     trainer = Trainer(stage, modules, work)
 
     def loss_of(step: int) -> Tensor:
@@ -36,7 +37,8 @@ def train_autoencoder(stage: Stage, work: Path, device: torch.device) -> Autoenc
             decoded = modules["vae"].decode(posterior.sample()).sample
             told = modules["colour"](posterior.mean)
         kl = KL_WEIGHT * posterior.kl().float().mean()
-        return picture_loss(decoded.float() - pixels) + kl + COLOUR_WEIGHT * colour_loss(told.float(), pixels)
+        loss: Tensor = picture_loss(decoded.float() - pixels) + kl + COLOUR_WEIGHT * colour_loss(told.float(), pixels)
+        return loss
 
     trainer.run(loss_of)
     vae = trainer.average["vae"].cpu()

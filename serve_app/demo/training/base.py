@@ -97,7 +97,8 @@ def loss_function(
             noise = modules["unet"](noised, timesteps, context, added_cond_kwargs=conditions).sample
         # Flat colour is decided at the highest noise, where the plain loss hardly sees it.
         weight = signal[timesteps].rsqrt().clamp(max=10)
-        return ((noise.float() - target).pow(2).mean((1, 2, 3)) * weight).mean()
+        loss: Tensor = ((noise.float() - target).pow(2).mean((1, 2, 3)) * weight).mean()
+        return loss
 
     return loss_of
 

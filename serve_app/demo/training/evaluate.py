@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,7 +100,8 @@ def _read_thing(pixels: NDArray[np.float32], mask: NDArray[np.bool_]) -> Found:
 def _most_saturated_half(colours: NDArray[np.float32]) -> NDArray[np.float32]:
     """Leaves out the outline, the lighter stripes or dots, and the soft edge: all duller than the colour itself."""
     saturation = colours.max(1) - colours.min(1)
-    return colours[saturation >= np.quantile(saturation, 0.6)]
+    kept: NDArray[np.float32] = colours[saturation >= np.quantile(saturation, 0.6)]
+    return kept
 
 
 @cache
@@ -187,7 +188,7 @@ def match(scene: Scene, reading: Reading) -> list[Found | None]:
         *[None] * (len(wanted) - len(reading.things)),
     ]
 
-    def rights(order: Sequence[Found | None]) -> float:
+    def rights(order: Iterable[Found | None]) -> float:
         return sum(
             2 * (thing.colour == one.colour) + (thing.shape == one.shape)
             for thing, one in zip(wanted, order, strict=True)

@@ -111,7 +111,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (self.step + 1) / 150)
             loss = loss_of(self.step)
-            loss.backward()
+            torch.autograd.backward(loss)
             # The clock goes in with the gradients, so that all ranks see the same and end at the same step.
             mean, self.seconds = ranks.average_gradients(self.modules.parameters(), loss.detach(), self.seconds + spent)
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -135,7 +135,7 @@ class Trainer:
 
     def _update_average(self) -> None:
         decay = min(self.stage.ema_decay, (1 + self.step) / (10 + self.step))
-        average = list(self.average.parameters())
+        average: list[Tensor] = list(self.average.parameters())
         torch._foreach_lerp_(average, [p.detach() for p in self.modules.parameters()], 1 - decay)
 
     def save(self) -> None:

@@ -12,7 +12,8 @@ DROPPED_PROMPTS = 0.1
 
 def alphas_cumprod(device: torch.device) -> Tensor:
     """(1000,), the share of signal power left at each timestep."""
-    return models.make_scheduler().alphas_cumprod.to(device)
+    kept: Tensor = models.make_scheduler().alphas_cumprod
+    return kept.to(device)
 
 
 def add_noise(latents: Tensor, timesteps: Tensor, signal: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,7 @@ def _encode(pictures: Pictures, vae: AutoencoderKL, device: torch.device) -> lis
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """(N, 77) int64."""
-    return tokenizer(
+    tokens: Tensor = tokenizer(
         texts, padding="max_length", max_length=models.MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
+    return tokens

@@ -35,16 +35,16 @@ def average_gradients(parameters: Iterable[nn.Parameter], loss: Tensor, seconds:
     """
     if not dist.is_initialized():
         return loss.item(), seconds
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    trained = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     numbers = torch.tensor([loss.item(), seconds], device=loss.device)
-    flat = torch.cat([*(parameter.grad.flatten() for parameter in trained), numbers])
+    flat = torch.cat([*(gradient.flatten() for _, gradient in trained), numbers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for parameter, mean in zip(trained, flat.split([p.numel() for p in trained] + [2]), strict=False):
+    means = torch.split(flat, [parameter.numel() for parameter, _ in trained] + [2])
+    for (parameter, gradient), mean in zip(trained, means, strict=False):
         # In place: the fused AdamW of the CPU reads a gradient's memory in the parameter's order, whatever its strides
         # say, and a gradient in another order than a channels-last parameter's is another gradient.
-        assert parameter.grad is not None
-        parameter.grad.copy_(mean.view_as(parameter))
+        gradient.copy_(mean.view_as(parameter))
     return float(flat[-2]), float(flat[-1])
 
 

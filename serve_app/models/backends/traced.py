@@ -18,6 +18,7 @@ from serve_app.models.backends.rows import Rows
 from serve_app.models.device import Compute
 from serve_app.request.errors import ConfigurationError
 
+_jit: Any = torch.jit  # PyTorch has no types for it
 # A trace that holds a number which a later pass needs otherwise is wrong by far more than any device's own noise.
 _TOLERANCE = 0.01
 _TOKENS = 77
@@ -36,11 +37,11 @@ class Traced:
             # First, so that what the UNet itself refuses is not laid to the trace.
             wanted = self._unet(*another.tensors()).float()
             # Every shape that becomes a Python number is warned about. What they decide is checked below instead.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", _jit.TracerWarning)
             # PyTorch asks for torch.compile in its place: that needs a C++ compiler, or gains a quarter as much.
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
-                self._trace = torch.jit.trace(self._unet, traced.tensors(), check_trace=False)
+                self._trace = _jit.trace(self._unet, traced.tensors(), check_trace=False)
                 found = self(another).float()
             except RuntimeError as error:
                 raise ConfigurationError(
@@ -57,7 +58,7 @@ class Traced:
             prediction: torch.Tensor = self._unet(*rows.tensors())
             return prediction
         # Optimized, TorchScript would fuse operators on a GPU and specialise them to the shapes of the first passes.
-        with torch.jit.optimized_execution(False):
+        with _jit.optimized_execution(False):
             prediction = self._trace(*rows.tensors())
         return prediction
 
