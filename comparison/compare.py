@@ -79,7 +79,7 @@ class Comparison:
         return figures
 
     def _choose(self, system: str) -> Setting:
-        """The setting with the highest throughput in a short run over the mixed profile."""
+        """The setting with the highest throughput in a short run over the mixed mix."""
         settings = SETTINGS[system][: 1 if self._quick else None]
         tried: dict[Setting, float] = {}
         for setting in settings:
@@ -111,18 +111,18 @@ class Comparison:
         self.figures["parity"][system] = found
 
     def _closed_loops(self, chosen: dict[str, Setting]) -> None:
-        profiles = [profile for profile in ("mixed", "presets") if profile in self._wanted]
-        loaded = [(system, setting, profiles) for system, setting in chosen.items()]
-        if OURS in chosen and "mixed" in profiles:
+        mixes = [mix for mix in ("mixed", "presets") if mix in self._wanted]
+        loaded = [(system, setting, mixes) for system, setting in chosen.items()]
+        if OURS in chosen and "mixed" in mixes:
             loaded.insert(1, (UNTRACED, untraced(chosen[OURS]), ["mixed"]))
         rounds: dict[tuple[str, str], list[list[Record]]] = {}
-        for number in range(self._effort.rounds if profiles else 0):
+        for number in range(self._effort.rounds if mixes else 0):
             for system, setting, asked in loaded[:: -1 if number % 2 else 1]:
                 with running(setting) as url:
-                    for profile in asked:
-                        title = f"{profile}, round {number + 1}: {system}"
-                        records = scenarios.closed_loop(url, profile, self._effort, number, title)
-                        rounds.setdefault((system, profile), []).append(records)
+                    for mix in asked:
+                        title = f"{mix}, round {number + 1}: {system}"
+                        records = scenarios.closed_loop(url, mix, self._effort, number, title)
+                        rounds.setdefault((system, mix), []).append(records)
                         say(f"{title}: {show.rate_line(scenarios.pooled([records], self._effort))}")
         for (system, name), found in rounds.items():
             figures = self.figures["systems"][system] if system != UNTRACED else self.figures.setdefault(UNTRACED, {})

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from serve_app.load.arrivals import Bursts, Closed
 from serve_app.load.drive import Load, Settings, drive
-from serve_app.load.profiles import PROFILES, Kind, Profile
+from serve_app.load.mixes import MIXES, Kind, RequestMix
 from serve_app.load.records import Record
 from serve_app.load.statistics import spread, summarize
 from serve_app.request.resolve import DEFAULT_HIGH_NOISE_FRAC
@@ -47,8 +47,8 @@ class Effort:
         )
 
 
-def steps_of(*steps: int) -> Profile:
-    return Profile(kinds=(Kind(num_inference_steps=steps),))
+def steps_of(*steps: int) -> RequestMix:
+    return RequestMix(kinds=(Kind(num_inference_steps=steps),))
 
 
 def run(settings: Settings, title: str) -> list[Record]:
@@ -66,16 +66,16 @@ async def run_async(settings: Settings, title: str) -> list[Record]:
 
 
 def tune(url: str, effort: Effort, title: str) -> float:
-    """Images/s of a short closed loop over the mixed profile, to choose a setting by."""
-    load = Settings(url, PROFILES["mixed"], Closed(effort.in_flight), effort.tuning_requests, seed=1)
+    """Images/s of a short closed loop over the mixed mix, to choose a setting by."""
+    load = Settings(url, MIXES["mixed"], Closed(effort.in_flight), effort.tuning_requests, seed=1)
     return summarize(run(load, title)).images_per_s
 
 
-def closed_loop(url: str, profile: str, effort: Effort, number: int, title: str) -> list[Record]:
+def closed_loop(url: str, mix: str, effort: Effort, number: int, title: str) -> list[Record]:
     """One round's closed loop; every system gets the same requests in a round."""
     warmup = effort.in_flight
     count, seed = effort.requests + warmup, 2 + 10 * number
-    load = Settings(url, PROFILES[profile], Closed(effort.in_flight), count, warmup=warmup, steady=True, seed=seed)
+    load = Settings(url, MIXES[mix], Closed(effort.in_flight), count, warmup=warmup, steady=True, seed=seed)
     return run(load, title)
 
 
@@ -83,7 +83,7 @@ def pooled(rounds: Sequence[list[Record]], effort: Effort) -> dict[str, Any]:
     """Throughput, latencies and stages of all rounds' closed loops together.
 
     Throughput by Little's law, as in flight / mean latency: a count within a window is off by what a system that
-    finishes whole batches at once happens to finish at its edges. All profiles here ask for one picture a request.
+    finishes whole batches at once happens to finish at its edges. All mixes here ask for one picture a request.
     """
     records = [record for records in rounds for record in records]
     summary = summarize(records)
@@ -106,7 +106,7 @@ def bursts(url: str, rate_per_s: float, effort: Effort, title: str) -> dict[str,
     """Bursts at a rate of pictures, the first not measured; how many step times pass before a first denoise step."""
     load = Settings(
         url,
-        PROFILES["mixed"],
+        MIXES["mixed"],
         Bursts(effort.burst, effort.burst / rate_per_s),
         effort.bursts * effort.burst,
         warmup=effort.burst,

@@ -45,12 +45,12 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
     systems = figures["systems"]
     ours, rivals = systems.get(OURS, {}), [found for name, found in systems.items() if name != OURS]
     found: dict[str, float] = {}
-    for profile in ("mixed", "presets"):
-        theirs = [rival[profile] for rival in rivals if profile in rival]
-        if profile in ours and theirs:
-            found[f"{profile}_throughput"] = ours[profile]["images_per_s"] / max(r["images_per_s"] for r in theirs)
+    for mix in ("mixed", "presets"):
+        theirs = [rival[mix] for rival in rivals if mix in rival]
+        if mix in ours and theirs:
+            found[f"{mix}_throughput"] = ours[mix]["images_per_s"] / max(r["images_per_s"] for r in theirs)
             for q in ("p50", "p95", "p99"):
-                found[f"{profile}_{q}"] = ours[profile]["latency_s"][q] / min(r["latency_s"][q] for r in theirs)
+                found[f"{mix}_{q}"] = ours[mix]["latency_s"][q] / min(r["latency_s"][q] for r in theirs)
     theirs = [rival["mixed"] for rival in rivals if "mixed" in rival]
     if UNTRACED in figures and theirs:
         loop = figures[UNTRACED]["mixed"]
@@ -172,11 +172,11 @@ def _cell(found: dict[str, Any], place: tuple[str, ...]) -> str:
 
 def _figures(systems: dict[str, Any], effort: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The table's rows: a name, and where in a system's figures the cell is."""
-    for profile, text in (("mixed", "10 to 50 steps, any number"), ("presets", "10, 20, 30, 40 or 50 steps")):
-        name = f"`{profile}` ({text}), {effort['in_flight']} in flight"
-        yield f"{name}: images/s", (profile, "images_per_s")
+    for mix, text in (("mixed", "10 to 50 steps, any number"), ("presets", "10, 20, 30, 40 or 50 steps")):
+        name = f"`{mix}` ({text}), {effort['in_flight']} in flight"
+        yield f"{name}: images/s", (mix, "images_per_s")
         for q in ("p50", "p95", "p99"):
-            yield f"{name}: latency {q}, s", (profile, "latency_s", q)
+            yield f"{name}: latency {q}, s", (mix, "latency_s", q)
     for rate in [found["bursts"]["rate_per_s"] for found in systems.values() if "bursts" in found][:1]:
         name = f"bursts of {effort['burst']} at {rate:.2f} images/s"
         for q in ("p50", "p95"):
@@ -264,17 +264,17 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     colours = dict(zip(NAMES, ("tab:blue", "0.75", "0.55", "0.35"), strict=True))
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     rates, mixed, bursts = figure.subplots(1, 3)
-    profiles = [profile for profile in ("mixed", "presets") if any(profile in found for found in systems.values())]
+    mixes = [mix for mix in ("mixed", "presets") if any(mix in found for found in systems.values())]
     for place, (system, found) in enumerate(systems.items()):
-        heights = [found.get(profile, {}).get("images_per_s", 0.0) for profile in profiles]
-        at = [index + 0.2 * (place - (len(systems) - 1) / 2) for index in range(len(profiles))]
+        heights = [found.get(mix, {}).get("images_per_s", 0.0) for mix in mixes]
+        at = [index + 0.2 * (place - (len(systems) - 1) / 2) for index in range(len(mixes))]
         bars = rates.bar(at, heights, 0.18, color=colours[system], label=NAMES[system])
         rates.bar_label(bars, fmt="%.2f", fontsize=7)
         for axes, scenario in ((mixed, "mixed"), (bursts, "bursts")):
             done = found.get(scenario, {}).get("latencies_s", [])
             shares = [(index + 1) / len(done) for index in range(len(done))]
             axes.step([0.0, *done], [0.0, *shares], where="post", color=colours[system], label=NAMES[system])
-    rates.set_xticks(range(len(profiles)), profiles)
+    rates.set_xticks(range(len(mixes)), mixes)
     rates.set(ylabel="images/s", title=f"{figures['effort']['in_flight']} in flight", ylim=(0, None))
     mixed.set(title="mixed: latency", xlabel="s", ylabel="share of requests", xlim=(0, None), ylim=(0, 1.02))
     bursts.set(title="bursts: latency", xlabel="s", xlim=(0, None), ylim=(0, 1.02))

@@ -18,7 +18,7 @@ import torch
 from serve_app.config.settings import DEMO_FOLDER
 from serve_app.models.backends.rows import Rows
 from serve_app.models.checkpoint import Checkpoint
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
 from serve_app.request.facts import DenoiserFacts, ModelFacts
@@ -32,7 +32,7 @@ from serve_app.runtime.tasks import Conditioning, DenoiseTask, Urgency, base_tas
 SCHEDULERS = ("euler", "euler_ancestral", "dpmpp_2m", "ddim", "unipc", "dpmpp_2m_sde", "heun", "dpmpp_2m_karras")
 
 
-class TimedDenoiser(Denoiser):
+class TimedRunner(UNetRunner):
     """Notes how long each pass and, within it, the UNet took."""
 
     def __init__(self, source: Checkpoint, compute: Compute) -> None:
@@ -66,7 +66,7 @@ def tasks(encoders: TextEncoders, count: int, steps: int, schedulers: tuple[str,
         yield base_task(request, 0, conditioning, Urgency())
 
 
-async def measure(denoiser: TimedDenoiser, work: list[DenoiseTask], listen: bool) -> tuple[float, float, float]:
+async def measure(denoiser: TimedRunner, work: list[DenoiseTask], listen: bool) -> tuple[float, float, float]:
     """Median seconds of a step, of its UNet pass, and the mean seconds of everything outside, a step."""
     engine = StepEngine(denoiser, StepScheduler(Budget(2 * len(work))), "bench")
     denoiser.unet_s.clear()
@@ -88,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     compute = Compute(torch.device("cpu"), torch.float32)
     source = Checkpoint(DEMO_FOLDER / "base", None)
-    denoiser, encoders = TimedDenoiser(source, compute), TextEncoders(source, None, compute)
+    denoiser, encoders = TimedRunner(source, compute), TextEncoders(source, None, compute)
     print("images  schedulers  listened   step ms   UNet ms   outside ms   share")
     for schedulers in (("euler",), SCHEDULERS):
         for count in (1, 2, 4, 8):

@@ -62,7 +62,7 @@ PURE = (
     "runtime.quarantine",
     "demo",
     "demo.grammar",
-    "load.profiles",
+    "load.mixes",
     "load.arrivals",
     "load.records",
     "load.statistics",

@@ -30,7 +30,7 @@ class Denoiser:
     """A UNet behind the step engine."""
 
     def __init__(self, config: AppConfig, stage: Literal["denoise", "refine"]) -> None:
-        from serve_app.models.denoise import Denoiser as UNetDenoiser
+        from serve_app.models.denoise import UNetRunner
 
         source = config.base if stage == "denoise" else config.refiner
         settings = config.base_denoiser if stage == "denoise" else config.refiner_denoiser
@@ -38,10 +38,10 @@ class Denoiser:
         components = ("unet", "scheduler")
         folder = locate(source, components, configs=("text_encoder", "text_encoder_2"))
         check(folder, components, "base" if stage == "denoise" else "refiner")
-        self._denoiser = UNetDenoiser(folder, prepare(config, settings), settings.trace)
-        self._denoiser.dry_run()
+        self._runner = UNetRunner(folder, prepare(config, settings), settings.trace)
+        self._runner.dry_run()
         self._engine: StepEngine[DenoiseTask, Trajectory, torch.Tensor, Latents] = StepEngine(
-            self._denoiser,
+            self._runner,
             scheduler_for(settings, Budget(settings.max_batch_rows, settings.max_batch_pixels)),
             name=stage,
             watch=Watch(settings.first_pass_timeout_s),
@@ -64,7 +64,7 @@ class Denoiser:
 
     async def describe(self) -> Description:
         """What this replica has loaded."""
-        return Description(self._checkpoints, self._denoiser.facts)
+        return Description(self._checkpoints, self._runner.facts)
 
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica; see `EngineStats`."""

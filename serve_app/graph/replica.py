@@ -68,7 +68,7 @@ def identity() -> dict[str, Any]:
 
 
 class Call:
-    """One call on its way through this replica: what its caller is told of it, until the result. On the event loop.
+    """One call on its way through this replica: what its caller learns of it, until the result. On the event loop.
 
     A `suspect` was in a pass when another replica died: of it, each turn is told, and that it waits before it is
     handed on. Others count as working until they are said to wait.
@@ -99,7 +99,7 @@ class Call:
         """
         if end.is_near:
             # A dying replica that refused calls at once would be the least busy one, and get them all. Who waits
-            # here is told of the end by Ray, which then sends nothing more this way.
+            # here learns of the end from Ray, which then sends nothing more this way.
             work.close()
             yield Alive(waiting=True)
             await asyncio.Event().wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app.load.arrivals import Arrivals, Bursts, Closed, Poisson
-from serve_app.load.profiles import PROFILES, Profile, parse_profile
+from serve_app.load.mixes import MIXES, RequestMix, parse_mix
 from serve_app.request.errors import ConfigurationError, ServiceError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `sdxl-serve bench`."""
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="a running service (default %(default)s)")
     parser.add_argument(
-        "--profile", default="mixed",
-        help=f"what to ask: {', '.join(PROFILES)}, or a YAML or JSON file (default %(default)s)",
+        "--mix", default="mixed",
+        help=f"what to ask: {', '.join(MIXES)}, or a YAML or JSON file (default %(default)s)",
     )  # fmt: skip
     when = parser.add_argument_group("when", "exactly one of --concurrency, --rate and --burst")
     when.add_argument("--concurrency", type=int, help="closed loop: so many clients, each asks again once answered")
@@ -76,9 +76,7 @@ def run(options: argparse.Namespace) -> int:
         content = document(summary, _plain(options), records if options.records else None)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
-        plot(
-            records, summary, f"{options.profile} at {settings.url}: {summary.images_per_s:.2f} images/s", options.plot
-        )
+        plot(records, summary, f"{options.mix} at {settings.url}: {summary.images_per_s:.2f} images/s", options.plot)
     if not summary.succeeded:
         raise ServiceError("no request succeeded")
     return 0
@@ -90,10 +88,10 @@ def _show(bar: Any, load: Load) -> None:
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON has them; a profile in full, whose file may change."""
+    """The options as JSON has them; a mix in full, whose file may change."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     del plain["run"]
-    return plain | {"profile_content": _profile(options.profile).model_dump(mode="json", exclude_none=True)}
+    return plain | {"mix_content": _mix(options.mix).model_dump(mode="json", exclude_none=True)}
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
@@ -128,7 +126,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         check_can_plot()
     return Settings(
         url=options.url,
-        profile=_profile(options.profile),
+        mix=_mix(options.mix),
         arrivals=arrivals,
         requests=requests,
         duration_s=options.duration_s,
@@ -161,19 +159,19 @@ def _above_zero(options: argparse.Namespace, name: str) -> None:
         raise ConfigurationError(f"--{name.replace('_', '-')} {value:g}: is not above zero")
 
 
-def _profile(name: str) -> Profile:
-    """A profile by its name, or of a file; a YAML reader reads JSON too."""
+def _mix(name: str) -> RequestMix:
+    """A mix by its name, or of a file; a YAML reader reads JSON too."""
     import yaml
 
-    if name in PROFILES:
-        return PROFILES[name]
+    if name in MIXES:
+        return MIXES[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ConfigurationError(f"--profile {name}: is none of {', '.join(PROFILES)}, and no .yaml or .json file")
+        raise ConfigurationError(f"--mix {name}: is none of {', '.join(MIXES)}, and no .yaml or .json file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from None
-    return parse_profile(content, str(path))
+    return parse_mix(content, str(path))

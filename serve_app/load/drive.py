@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from serve_app.load.arrivals import Arrivals, Closed, schedule_s
-from serve_app.load.profiles import Profile, request_at
+from serve_app.load.mixes import RequestMix, request_at
 from serve_app.load.records import Record
 from serve_app.load.wire import (
     EventReader,
@@ -34,7 +34,7 @@ class Settings:
     """A run: what, when, how much, where."""
 
     url: str
-    profile: Profile
+    mix: RequestMix
     arrivals: Arrivals
     requests: int | None  # with the warm-up; at least one of this and duration_s is given
     duration_s: float | None = None  # nothing is sent after it
@@ -121,7 +121,7 @@ class _Run:
 
     async def _ask(self, place: int, scheduled_s: float, measured: bool) -> None:
         """Sends one request; every fault of the exchange ends in its record."""
-        asked = request_at(self._settings.profile, place, self._settings.seed)
+        asked = request_at(self._settings.mix, place, self._settings.seed)
         record = Record(place, asked.kind, asked.images, asked.steps, scheduled_s, measured, asked.deadline_s)
         body = asked.body | {"response_format": "b64_json"}
         if self._settings.stream:

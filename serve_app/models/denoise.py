@@ -1,6 +1,6 @@
 """denoise and refine: the UNet's steps. Base and refiner are one class with two checkpoints.
 
-`Denoiser` is the `Runner` of the step engine: a trajectory holds all that is one image's own (latents,
+`UNetRunner` is the `Runner` of the step engine: a trajectory holds all that is one image's own (latents,
 scheduler object, random stream), and each forward pass gathers rows of many and gives them back.
 """
 
@@ -34,7 +34,7 @@ from serve_app.models.sampling import (
 from serve_app.request.errors import ConfigurationError, InvalidRequest
 from serve_app.request.facts import DenoiserFacts, NoiseSchedule
 from serve_app.runtime.scheduling import Job
-from serve_app.runtime.tasks import DenoiseTask, Latents, Noise, Noised, StageConditioning, Stay
+from serve_app.runtime.tasks import DenoiseTask, Latents, Noise, Noised, StageConditioning, TimeInStage
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Floats
@@ -65,7 +65,7 @@ class Trajectory:
     on_device: bool = False
 
 
-class Denoiser:
+class UNetRunner:
     """A UNet and its checkpoint's scheduler."""
 
     def __init__(self, source: Checkpoint, compute: Compute, trace: Literal["auto", True, False] = "auto") -> None:
@@ -112,7 +112,7 @@ class Denoiser:
             for guidance_scale in (5.0, 1.0):
                 state = self.begin(self._task_of_nothing(size_px, steps, guidance_scale))
                 self.advance(state, self.forward([state])[0])
-                if not np.isfinite(self.finish(state, Stay()).samples).all():
+                if not np.isfinite(self.finish(state, TimeInStage()).samples).all():
                     raise ConfigurationError(f"{self._source.path('unet')}: its prediction is not finite")
 
     def _task_of_nothing(self, size_px: int, steps: int, guidance_scale: float) -> DenoiseTask:
@@ -268,12 +268,12 @@ class Denoiser:
         return preview
 
     @torch.inference_mode()
-    def finish(self, state: Trajectory, stay: Stay) -> Latents:
+    def finish(self, state: Trajectory, time: TimeInStage) -> Latents:
         return Latents(
             samples=_on_host(state.latents[0]),
             generator_state=state.generator.get_state().numpy().copy(),
             steps=state.index,
-            stay=stay,
+            time=time,
         )
 
 

@@ -34,7 +34,7 @@ from serve_app.runtime.tasks import Conditioning, DenoiseTask, Urgency, base_tas
 
 if TYPE_CHECKING:
     from serve_app.config.serve_file import ServeConfig
-    from serve_app.models.denoise import Denoiser
+    from serve_app.models.denoise import UNetRunner
     from serve_app.models.device import Compute
     from serve_app.pictures.arrays import Bytes, Floats
 
@@ -314,7 +314,7 @@ class _Measurement:
         self._count(f"draw {_name(size)}")
         return _Drawn(conditioning, base, refiner, latents.samples, pixels)
 
-    def _denoise(self, denoiser: Denoiser, tasks: Sequence[DenoiseTask], counts: Sequence[int]) -> dict[str, Any]:
+    def _denoise(self, denoiser: UNetRunner, tasks: Sequence[DenoiseTask], counts: Sequence[int]) -> dict[str, Any]:
         """The tables and the costs beside the UNet of one denoiser."""
         refine = denoiser is self._refiner
         stage = self._config.refiner_denoiser if refine else self._config.base_denoiser

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from serve_app.config.settings import AppConfig
 from serve_app.models import checkpoint
 from serve_app.runtime.scheduling import Budget, StepScheduler
-from serve_app.runtime.tasks import DenoiseTask, Stay
+from serve_app.runtime.tasks import DenoiseTask, TimeInStage
 
 if TYPE_CHECKING:
-    from serve_app.models.denoise import Denoiser
+    from serve_app.models.denoise import UNetRunner
 
 WARM_UP = 2  # passes that don't count
 
 
-def load_denoiser(config: AppConfig, stage: Literal["denoise", "refine"]) -> Denoiser:
+def load_denoiser(config: AppConfig, stage: Literal["denoise", "refine"]) -> UNetRunner:
     """A stage's UNet as its replica loads it, threads included."""
-    from serve_app.models.denoise import Denoiser
+    from serve_app.models.denoise import UNetRunner
     from serve_app.models.device import set_up
 
     source, settings = config.base, config.base_denoiser
@@ -29,20 +29,20 @@ def load_denoiser(config: AppConfig, stage: Literal["denoise", "refine"]) -> Den
         assert config.refiner is not None
         source, settings = config.refiner, config.refiner_denoiser
     folder = checkpoint.locate(source, ("unet", "scheduler"))
-    return Denoiser(folder, set_up(settings, gpu_fraction=1.0), settings.trace)
+    return UNetRunner(folder, set_up(settings, gpu_fraction=1.0), settings.trace)
 
 
-def walk(denoiser: Denoiser, task: DenoiseTask) -> Any:
+def walk(denoiser: UNetRunner, task: DenoiseTask) -> Any:
     """A task's latents after all its steps, alone."""
     state = denoiser.begin(task)
     for _ in range(len(state.timesteps)):
         (output,) = denoiser.forward([state])
         denoiser.advance(state, output)
-    return denoiser.finish(state, Stay())
+    return denoiser.finish(state, TimeInStage())
 
 
 def time_passes(
-    denoiser: Denoiser, task: DenoiseTask, rows: int, repeats: int, clock: Callable[[], float]
+    denoiser: UNetRunner, task: DenoiseTask, rows: int, repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Runs passes of so many rows as the engine does and times their parts.
 
@@ -78,7 +78,7 @@ def time_passes(
             times["step_s"].append((stepped - passed) / len(chosen))
     for state in states.values():
         started = clock()
-        denoiser.finish(state, Stay())
+        denoiser.finish(state, TimeInStage())
         times["finish_s"].append(clock() - started)
     return times
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from serve_app.planning.profile import DenoiseStage, Profile
-from serve_app.planning.simulate import STAGES, Record, Replicas, Run, percentile, simulate
+from serve_app.planning.simulate import STAGES, Outcome, Replicas, Run, percentile, simulate
 from serve_app.planning.workload import Ask, Mix
 from serve_app.request.errors import ConfigurationError
 
@@ -115,7 +115,7 @@ def keeps(run: Run, p99_s: float) -> bool:
     return max(_p99(run.counted), _p99(later)) <= p99_s
 
 
-def _p99(records: Sequence[Record]) -> float:
+def _p99(records: Sequence[Outcome]) -> float:
     return percentile([record.latency_s for record in records], 0.99)
 
 
@@ -129,7 +129,7 @@ def find_plan(
     seed: int = 0,
     tell: Callable[[Replicas, Run], None] = lambda replicas, run: None,
 ) -> Plan:
-    """Searches the replicas; `tell` hears of each run. Raises `ConfigurationError` where no number is enough."""
+    """Searches the replicas; `tell` is called with each run. Raises `ConfigurationError` where no number is enough."""
     alone = {ask: sum(alone_s(profile, ask).values()) for ask in _kinds(asks)}
     shortest = percentile([alone[replace(ask, at=0.0)] for ask in asks], 0.99)
     if shortest > p99_s:

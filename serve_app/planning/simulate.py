@@ -52,7 +52,7 @@ class Replicas:
 
 
 @dataclass(slots=True)
-class Record:
+class Outcome:
     """What became of a request; seconds of the virtual clock. `done` is None where it was refused."""
 
     ask: Ask
@@ -84,8 +84,8 @@ class Run:
     `window`: from when to when utilisation and throughput were taken, in seconds.
     """
 
-    records: list[Record]
-    counted: list[Record]  # those after the warm-up
+    records: list[Outcome]
+    counted: list[Outcome]  # those after the warm-up
     stages: dict[str, StageUse]
     counts: dict[str, Counts]  # of the whole run
     window: tuple[float, float]
@@ -95,7 +95,7 @@ class Run:
 class _Request:
     __slots__ = ("held", "ingress", "left", "record", "steps")
 
-    def __init__(self, record: Record, ingress: _Ingress) -> None:
+    def __init__(self, record: Outcome, ingress: _Ingress) -> None:
         self.record = record
         self.ingress = ingress
         self.left = record.ask.n  # images
@@ -165,7 +165,7 @@ class _Simulation:
         self._concurrency = concurrency
         self._clock = clock = VirtualClock(profile.cores)
         self._beside_s = 0.0 if profile.cores is None else profile.cores.beside_s
-        self._records = [Record(ask, ask.at) for ask in asks]
+        self._records = [Outcome(ask, ask.at) for ask in asks]
         self._arrived = self._images = self._ids = self._first_counted = 0
         self._marks: list[tuple[float, int, dict[str, Counts]]] = []  # when, images made by then, and all counts
         self._counts = counts = {stage: Counts() for stage in STAGES}
@@ -323,7 +323,7 @@ class _Simulation:
         wanted_in = request.record.ask.deadline_s
         return None if wanted_in is None else request.record.arrived + wanted_in
 
-    def _note_first_step(self, record: Record, stay: Stay) -> None:
+    def _note_first_step(self, record: Outcome, stay: Stay) -> None:
         if stay.started is not None and (record.first_step is None or stay.started < record.first_step):
             record.first_step = stay.started
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.scheduling import Batch, Job, StepScheduler
-from serve_app.runtime.tasks import WORD_LEAVES_S, Stay, StepReport
+from serve_app.runtime.tasks import WORD_LEAVES_S, StepReport, TimeInStage
 from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Runner(Protocol[TaskT_contra, StateT, OutputT, ResultT_co]):
     def advance(self, state: StateT, output: OutputT) -> Floats | None:
         """Moves one state on by one step; returns a preview where the task asked for one of this step."""
 
-    def finish(self, state: StateT, stay: Stay) -> ResultT_co:
+    def finish(self, state: StateT, time: TimeInStage) -> ResultT_co:
         """The result after the last step."""
 
     def is_fatal(self, error: Exception) -> bool:
@@ -381,7 +381,7 @@ class StepEngine(Generic[TaskT, StateT, OutputT, ResultT]):
         try:
             now = self._clock()
             queue_s = (now if entry.started is None else entry.started) - entry.arrived
-            result = self._runner.finish(entry.state, Stay(queue_s, now - entry.arrived))
+            result = self._runner.finish(entry.state, TimeInStage(queue_s, now - entry.arrived))
         except Exception as error:
             if self._runner.is_fatal(error):
                 raise

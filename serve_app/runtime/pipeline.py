@@ -60,7 +60,7 @@ class LatentPreview:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who hears of a request on its way, and how many previews of each image it wants."""
+    """Who follows a request on its way, and how many previews of each image it wants."""
 
     tell: Callable[[Progress | LatentPreview], None]
     partial_images: int = 0
@@ -167,7 +167,7 @@ class _Drawer:
         span.steps = latents.steps
         if span.queue_s is None:
             # What it was not in the engine for was the way there and back.
-            span.queue_s = latents.stay.queue_s + took - latents.stay.seconds
+            span.queue_s = latents.time.queue_s + took - latents.time.seconds
         return latents
 
     def _on_step(self, stage: StageName, index: int, previews: Iterator[int]) -> OnStep | None:

@@ -84,7 +84,7 @@ class ImageService:
     ) -> list[ImageResult]:
         """Draws several requests that came as one: all are taken in, or none is.
 
-        `on_event(row, event)`, where given, hears of each request on its way, with all the previews there are.
+        `on_event(row, event)`, where given, is called with every event of each request, previews among them.
         """
         request_id = request_id or uuid.uuid4().hex
         resolved = []

@@ -87,7 +87,7 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Stay:
+class TimeInStage:
     """How long an image was in a denoiser, in seconds, and how much of that it waited before its first step."""
 
     queue_s: float = 0.0
@@ -101,7 +101,7 @@ class Latents:
     samples: Floats  # (4, H/8, W/8)
     generator_state: Bytes  # torch.Generator("cpu").get_state()
     steps: int  # UNet steps taken by the stage that returned it
-    stay: Stay = Stay()  # in that stage
+    time: TimeInStage = TimeInStage()  # in that stage
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from comparison.rivals.serve_batch import groups
 from serve_app.config.settings import DEMO_FOLDER
 from serve_app.load.arrivals import Closed
 from serve_app.load.drive import Settings, drive
-from serve_app.load.profiles import Kind, Profile
+from serve_app.load.mixes import Kind, RequestMix
 from serve_app.request.schema import parse_request
 from tests.load.server import serving_app
 from tests.reference import Reference
@@ -44,8 +44,8 @@ async def test_the_sequential_rival_answers_as_the_service_does(pipelines: Pipel
         refused = client.post(url + PATH, json=BODY | {"eta": 1.0})
         assert refused.status_code == 400
         assert refused.json()["error"]["message"] == "eta: Extra inputs are not permitted"
-        profile = Profile(kinds=(Kind(num_inference_steps=(2,)),))
-        records = await drive(Settings(url, profile, Closed(2), 4, timeout_s=60))
+        mix = RequestMix(kinds=(Kind(num_inference_steps=(2,)),))
+        records = await drive(Settings(url, mix, Closed(2), 4, timeout_s=60))
     assert all(record.ok and 0 < record.stages_s["queue"] < 60 for record in records), records
     expected = Reference(DEMO_FOLDER).draw(parse_request(BODY)).pixels
     assert drawn.shape == (128, 128, 3)

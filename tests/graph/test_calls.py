@@ -106,7 +106,7 @@ class Response:
 
 @pytest.mark.parametrize("lost", [ActorUnavailableError("out of reach", None), asyncio.CancelledError()], ids=repr)
 async def test_a_call_that_is_given_up_is_cancelled(lost: BaseException) -> None:
-    """A replica that is out of reach may still be at it: its rows are not to be held for nobody."""
+    """A replica that is out of reach may still work on it: its rows must not be held for nobody."""
     for follow in (calls._answer, lambda response: calls._result(response, Attempt())):
         response: Any = Response(lost)
         with pytest.raises(type(lost)):

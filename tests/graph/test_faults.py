@@ -116,7 +116,7 @@ async def test_a_client_that_goes_away_frees_its_slot(stage: str, graph: Running
     assert after[stage]["steps"] - before[stage]["steps"] < LONG["num_inference_steps"] * 0.9
     # Once the cancellation had arrived the task was in one more pass at most ...
     assert after[stage]["max_steps_after_cancel"] <= 1
-    # ... and no stage after this one heard of it.
+    # ... and no stage after this one got any of it.
     later = ("Refiner", "VaeDecoder") if stage == "BaseDenoiser" else ("VaeDecoder",)
     for name in later:
         for counter in ("passes", "active", "waiting", "items", "batches"):

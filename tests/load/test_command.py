@@ -37,8 +37,8 @@ from tests.load.server import FakeService, serving
         ("--rate 1 --records", "--records: goes with --json"),
         ("--rate 1 --json nowhere/x.json", "nowhere: no such folder"),
         ("--rate 1 --plot x.jpg", "x.jpg: does not end in .png"),
-        ("--rate 1 --profile mixt", "--profile mixt: is none of mixed, presets, "),
-        ("--rate 1 --profile nowhere.yaml", "nowhere.yaml: No such file or directory"),
+        ("--rate 1 --mix mixt", "--mix mixt: is none of mixed, presets, "),
+        ("--rate 1 --mix nowhere.yaml", "nowhere.yaml: No such file or directory"),
         ("--rate 1 --url http://127.0.0.1:9", "http://127.0.0.1:9: ConnectError: "),
         ("--rate 1 --url localhost:8000", "localhost:8000: not an http:// or https:// address"),
     ],
@@ -60,20 +60,20 @@ def test_a_plot_without_matplotlib_is_one_line(
 
 @pytest.mark.parametrize("content", ["kinds: [", "kinds:\n- {num_inference_steps: [5], size: 3}\n", "3"])
 def test_a_wrong_profile_file_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "profile.yaml"
+    path = tmp_path / "mix.yaml"
     path.write_text(content)
-    assert main(["bench", "--rate", "1", "--profile", str(path)]) == 1
+    assert main(["bench", "--rate", "1", "--mix", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"sdxl-serve: {path}: ") and error.count("\n") == 1
 
 
 def test_a_run_writes_its_table_its_json_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile = tmp_path / "profile.json"
+    mix = tmp_path / "mix.json"
     kinds = [{"name": "fine", "num_inference_steps": [5]}, {"name": "other", "num_inference_steps": [6]}]
-    profile.write_text(json.dumps({"kinds": kinds}))
+    mix.write_text(json.dumps({"kinds": kinds}))
     document, picture = tmp_path / "run.json", tmp_path / "run.png"
     flags = ["--concurrency", "3", "--requests", "12", "--warmup", "2", "--slo-s", "5", "--seed", "3"]
-    flags += ["--profile", str(profile), "--json", str(document), "--records", "--plot", str(picture)]
+    flags += ["--mix", str(mix), "--json", str(document), "--records", "--plot", str(picture)]
     with serving(FakeService(denoise_s=0.02)) as service:
         code = main(["bench", "--url", service.url, *flags])
     assert code == 0
@@ -85,17 +85,17 @@ def test_a_run_writes_its_table_its_json_and_its_plot(tmp_path: Path, capsys: py
     content = json.loads(document.read_text())
     assert content["summary"]["succeeded"] == 10 and content["summary"]["slo_attainment"] == 1.0
     assert content["settings"]["concurrency"] == 3 and content["settings"]["seed"] == 3
-    assert content["settings"]["profile_content"]["kinds"][1]["num_inference_steps"] == [6]
+    assert content["settings"]["mix_content"]["kinds"][1]["num_inference_steps"] == [6]
     assert len(content["records"]) == 12 and content["records"][0]["measured"] is False
     with Image.open(picture) as image:
         assert image.width > 800 and len(image.convert("L").getcolors() or []) > 20
 
 
 def test_nothing_succeeded_is_a_failure_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile = tmp_path / "profile.yaml"
-    profile.write_text("prompts: [full]\nkinds:\n- num_inference_steps: {first: 5, last: 9}\n")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("prompts: [full]\nkinds:\n- num_inference_steps: {first: 5, last: 9}\n")
     with serving(FakeService()) as service:
-        code = main(["bench", "--url", service.url, "--rate", "50", "--requests", "3", "--profile", str(profile)])
+        code = main(["bench", "--url", service.url, "--rate", "50", "--requests", "3", "--mix", str(mix)])
     assert code == 1
     captured = capsys.readouterr()
     assert "failed 3 times: HTTP 503: the service is full" in captured.out

@@ -8,29 +8,29 @@ import pytest
 
 from serve_app.load.arrivals import Bursts, Closed, Poisson
 from serve_app.load.drive import Load, Settings, drive, reachable
-from serve_app.load.profiles import PROFILES, Kind, Profile
+from serve_app.load.mixes import MIXES, Kind, RequestMix
 from serve_app.load.records import Record
 from serve_app.request.errors import ConfigurationError
 from tests.load.server import FakeService, serving
 
 
-def profile(prompt: str = "a red circle", n: int = 1) -> Profile:
-    return Profile(kinds=(Kind(num_inference_steps=(5,), n=(n,)),), prompts=(prompt,))
+def mix(prompt: str = "a red circle", n: int = 1) -> RequestMix:
+    return RequestMix(kinds=(Kind(num_inference_steps=(5,), n=(n,)),), prompts=(prompt,))
 
 
 def settings(url: str, **given: Any) -> Settings:
-    usual: dict[str, Any] = {"profile": profile(), "arrivals": Closed(1), "requests": 1, "timeout_s": 20.0}
+    usual: dict[str, Any] = {"mix": mix(), "arrivals": Closed(1), "requests": 1, "timeout_s": 20.0}
     return Settings(url=url, **(usual | given))
 
 
 async def one(service: FakeService, prompt: str, **given: Any) -> Record:
-    (record,) = await drive(settings(service.url, profile=profile(prompt), **given))
+    (record,) = await drive(settings(service.url, mix=mix(prompt), **given))
     return record
 
 
 async def test_a_body_is_openais_and_its_answer_is_read() -> None:
     with serving(FakeService(denoise_s=0.05)) as service:
-        (record,) = await drive(settings(service.url + "/", profile=profile(n=2)))
+        (record,) = await drive(settings(service.url + "/", mix=mix(n=2)))
     (body,) = service.bodies
     assert body["response_format"] == "b64_json" and body["n"] == 2 and body["num_inference_steps"] == 5
     assert "stream" not in body and "partial_images" not in body
@@ -71,7 +71,7 @@ async def test_a_client_goes_away_at_its_time_out() -> None:
 
 async def test_a_stream_gives_the_first_preview() -> None:
     with serving(FakeService(denoise_s=0.4)) as service:
-        (record,) = await drive(settings(service.url, stream=True, partial_images=2, profile=profile(n=2)))
+        (record,) = await drive(settings(service.url, stream=True, partial_images=2, mix=mix(n=2)))
     (body,) = service.bodies
     assert body["stream"] is True and body["partial_images"] == 2
     assert record.ok and record.stages_s == {"encode": 0.25, "denoise": 2.0, "queue": 0.75}
@@ -153,7 +153,7 @@ async def test_a_duration_bounds_a_closed_loop() -> None:
 async def test_two_runs_ask_the_same() -> None:
     with serving(FakeService()) as service:
         for _ in range(2):
-            await drive(settings(service.url, profile=PROFILES["mixed"], requests=5, seed=4))
+            await drive(settings(service.url, mix=MIXES["mixed"], requests=5, seed=4))
     assert service.bodies[:5] == service.bodies[5:]
 
 

@@ -18,7 +18,7 @@ from serve_app.demo.grammar import sample_scenes
 from serve_app.demo.training.data import draw_sample, to_tensor
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.decode import Decoder
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.loading import load_scheduler
 from serve_app.models.sampling import make_scheduler, predicted_original, take_timesteps
 from serve_app.pictures.files import encode_preview
@@ -83,7 +83,7 @@ def test_a_perfect_model_s_original_is_predicted_by_every_scheduler(base: Checkp
 
 
 def test_previews_come_after_the_steps_that_were_asked_for(base: Checkpoint) -> None:
-    denoiser = Denoiser(base, FLOAT32)
+    denoiser = UNetRunner(base, FLOAT32)
     state = denoiser.begin(task(num_inference_steps=4, preview_at=(0.01, 0.5)))
     previews = []
     for _ in range(4):

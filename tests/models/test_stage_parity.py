@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.decode import Decoder
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
 from serve_app.request.facts import ModelFacts
@@ -31,7 +31,7 @@ from serve_app.runtime.tasks import (
     Latents,
     Noise,
     Noised,
-    Stay,
+    TimeInStage,
     Urgency,
     base_task,
     encode_task,
@@ -72,7 +72,7 @@ class Graph:
         base, refiner = Checkpoint(folder / "base", None), Checkpoint(folder / "refiner", None)
         compute = Compute(torch.device("cpu"), torch.float32)
         self.encoders = TextEncoders(base, refiner, compute)
-        self.base, self.refiner = Denoiser(base, compute), Denoiser(refiner, compute)
+        self.base, self.refiner = UNetRunner(base, compute), UNetRunner(refiner, compute)
         self.decoder = Decoder(base, compute)
         self.facts = ModelFacts(self.encoders.facts, self.base.facts, self.refiner.facts)
 
@@ -93,7 +93,7 @@ class Graph:
         return pixels
 
 
-def denoise(denoiser: Denoiser, task: DenoiseTask, dice: random.Random) -> Latents:
+def denoise(denoiser: UNetRunner, task: DenoiseTask, dice: random.Random) -> Latents:
     """Runs a task beside mates that join at any step and leave when they are done."""
     state = denoiser.begin(task)
     mates: list[Any] = []
@@ -108,7 +108,7 @@ def denoise(denoiser: Denoiser, task: DenoiseTask, dice: random.Random) -> Laten
         group = [*mates, state]
         for member, output in zip(group, denoiser.forward(group), strict=True):
             denoiser.advance(member, output)
-    return denoiser.finish(state, Stay())
+    return denoiser.finish(state, TimeInStage())
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import torch
 from serve_app.config.settings import ComputeConfig
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.decode import Decoder
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.device import Compute, is_context_broken, set_up
 from serve_app.models.encode import TextEncoders, TextJob
 from serve_app.request.errors import ConfigurationError, InvalidRequest, PictureFailed
@@ -143,7 +143,7 @@ def task(width: int = 128, height: int = 128, **fields: object) -> DenoiseTask:
 
 
 def test_a_forward_pass_changes_no_state(base: Checkpoint) -> None:
-    denoiser = Denoiser(base, FLOAT32)
+    denoiser = UNetRunner(base, FLOAT32)
     state = denoiser.begin(task(scheduler="heun"))
     before = state.latents.clone()
     first, second = denoiser.forward([state])[0], denoiser.forward([state])[0]
@@ -168,7 +168,7 @@ def test_what_the_checkpoints_scheduler_refuses_is_the_requests_fault(
     ):
         path = tmp_path / "base" / name
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    denoiser = Denoiser(Checkpoint(tmp_path / "base", None), FLOAT32)
+    denoiser = UNetRunner(Checkpoint(tmp_path / "base", None), FLOAT32)
     denoiser.begin(task())
     with pytest.raises(InvalidRequest, match=f"^{param}: ") as caught:
         denoiser.begin(task(**fields))
@@ -180,14 +180,14 @@ def _with_class(own: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any
 
 
 def test_shapes_that_cannot_share_a_pass_have_other_keys(base: Checkpoint) -> None:
-    denoiser = Denoiser(base, FLOAT32)
+    denoiser = UNetRunner(base, FLOAT32)
     sizes = ((128, 128), (128, 96), (96, 128))
     keys = {denoiser.job(denoiser.begin(task(width, height)), "a", 0.0).key for width, height in sizes}
     assert len(keys) == 3
 
 
 def test_a_trajectory_is_on_the_device_from_its_first_pass_on(base: Checkpoint) -> None:
-    denoiser = Denoiser(base, FLOAT32)
+    denoiser = UNetRunner(base, FLOAT32)
     waiting, going = denoiser.begin(task()), denoiser.begin(task())
     # A device without memory of its own: what is put there is there, and can be told from the CPU's.
     denoiser._compute = Compute(torch.device("meta"), torch.float16)
@@ -200,13 +200,13 @@ def test_a_trajectory_is_on_the_device_from_its_first_pass_on(base: Checkpoint) 
 
 
 def test_a_task_whose_replica_died_asks_to_run_alone(base: Checkpoint) -> None:
-    denoiser = Denoiser(base, FLOAT32)
+    denoiser = UNetRunner(base, FLOAT32)
     assert [denoiser.job(denoiser.begin(task(deaths=n)), "a", 0.0).alone for n in (0, 1)] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_stay_float32_whatever_the_unet_computes_in(base: Checkpoint, dtype: torch.dtype) -> None:
-    denoiser = Denoiser(base, Compute(torch.device("cpu"), dtype))
+    denoiser = UNetRunner(base, Compute(torch.device("cpu"), dtype))
     state = denoiser.begin(task())
     (output,) = denoiser.forward([state])
     denoiser.advance(state, output)

@@ -13,7 +13,7 @@ from serve_app.models.backends.eager import Eager
 from serve_app.models.backends.rows import Rows
 from serve_app.models.backends.traced import Traced
 from serve_app.models.checkpoint import Checkpoint
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.device import Compute
 from serve_app.models.loading import load_unet
 from serve_app.request.errors import ConfigurationError
@@ -64,7 +64,7 @@ def test_a_trace_gives_the_very_numbers_of_the_unet(
 
 def test_the_cpu_traces_unless_told_otherwise(tiny: Path) -> None:
     base, compute = Checkpoint(tiny / "base", None), Compute(torch.device("cpu"), torch.float32)
-    assert [type(Denoiser(base, compute, trace)._backend) for trace in ("auto", True, False)] == [
+    assert [type(UNetRunner(base, compute, trace)._backend) for trace in ("auto", True, False)] == [
         Traced,
         Traced,
         Eager,

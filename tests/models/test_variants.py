@@ -29,11 +29,11 @@ from serve_app.config.settings import AppConfig, parse_config
 from serve_app.models.check import check, check_sources
 from serve_app.models.checkpoint import BASE_COMPONENTS, REFINER_COMPONENTS, Checkpoint, locate
 from serve_app.models.decode import Decoder
-from serve_app.models.denoise import Denoiser
+from serve_app.models.denoise import UNetRunner
 from serve_app.models.device import Compute
 from serve_app.models.encode import TextEncoders
 from serve_app.request.errors import ConfigurationError
-from serve_app.runtime.tasks import DenoiseTask, EncodeTask, Noise, Stay
+from serve_app.runtime.tasks import DenoiseTask, EncodeTask, Noise, TimeInStage
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32)
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -62,7 +62,7 @@ class Parts:
     """The three tensor stages of a base, loaded as its replicas load them."""
 
     encoders: TextEncoders
-    denoiser: Denoiser
+    denoiser: UNetRunner
     decoder: Decoder
 
 
@@ -71,7 +71,7 @@ def start(config: AppConfig) -> Parts:
     base, vae = locate(config.base, BASE_COMPONENTS), locate(config.vae or config.base, ("vae",))
     check(base, tuple(c for c in BASE_COMPONENTS if c != "vae"))
     check(vae, ("vae",))
-    parts = Parts(TextEncoders(base, None, FLOAT32), Denoiser(base, FLOAT32, trace=False), Decoder(vae, FLOAT32))
+    parts = Parts(TextEncoders(base, None, FLOAT32), UNetRunner(base, FLOAT32, trace=False), Decoder(vae, FLOAT32))
     for part in (parts.encoders, parts.denoiser, parts.decoder):
         part.dry_run()
     return parts
@@ -543,12 +543,12 @@ def test_a_dry_step_finds_what_no_file_tells(base: Path, name: str) -> None:
 @pytest.mark.parametrize("trace", [False, True])
 def test_what_a_unet_refuses_is_not_laid_to_its_trace(base: Path, trace: bool) -> None:
     built_unet(class_embed_type="timestep")(base)
-    said = one_line(lambda: Denoiser(Checkpoint(base, None), FLOAT32, trace).dry_run())
+    said = one_line(lambda: UNetRunner(Checkpoint(base, None), FLOAT32, trace).dry_run())
     assert "class_labels" in said and "trace" not in said
 
 
 def test_a_dry_step_is_of_the_size_that_is_asked_for(base: Path) -> None:
-    denoiser = Denoiser(Checkpoint(base, None), FLOAT32, trace=False)
+    denoiser = UNetRunner(Checkpoint(base, None), FLOAT32, trace=False)
     seen = []
     hook = denoiser._unet.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
     denoiser.dry_run()
@@ -761,7 +761,7 @@ def draw(parts: Parts, steps: int) -> np.ndarray:
     state = parts.denoiser.begin(task)
     while state.index < len(state.timesteps):
         parts.denoiser.advance(state, parts.denoiser.forward([state])[0])
-    (pixels,) = parts.decoder.decode([parts.denoiser.finish(state, Stay()).samples])
+    (pixels,) = parts.decoder.decode([parts.denoiser.finish(state, TimeInStage()).samples])
     assert isinstance(pixels, np.ndarray)
     return pixels
 

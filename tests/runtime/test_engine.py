@@ -16,7 +16,7 @@ import pytest
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.engine import ReplicaLeaving, StepEngine
 from serve_app.runtime.scheduling import Budget, Job, StepScheduler
-from serve_app.runtime.tasks import Stay, StepReport
+from serve_app.runtime.tasks import StepReport, TimeInStage
 from serve_app.runtime.watch import Watch
 
 DEADLINE_S = 20  # of a wait that ends at once unless the engine is broken
@@ -59,7 +59,7 @@ class CountingRunner:
         self.begun: list[str] = []
         self.passes: list[list[str]] = []
         self.threads: set[int] = set()
-        self.stays: dict[str, Stay] = {}
+        self.stays: dict[str, TimeInStage] = {}
         self.held = False
         self._inside: queue.Queue[list[str]] = queue.Queue()
         self._go = threading.Semaphore(0)
@@ -97,9 +97,9 @@ class CountingRunner:
         state.values.append(output)
         return np.full(1, len(state.values)) if state.task.preview_at == len(state.values) else None
 
-    def finish(self, state: State, stay: Stay) -> Result:
+    def finish(self, state: State, time: TimeInStage) -> Result:
         self._fail_if(state.task, "finish", 0)
-        self.stays[state.task.name] = stay
+        self.stays[state.task.name] = time
         return Result(state.task.name, tuple(state.values))
 
     def is_fatal(self, error: Exception) -> bool:

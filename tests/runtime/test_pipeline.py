@@ -13,7 +13,7 @@ from serve_app.request.resolve import ResolvedRequest, resolve
 from serve_app.request.schema import ImageRequest, Progress
 from serve_app.runtime.pipeline import Drawing, LatentPreview, Listener, Stages
 from serve_app.runtime.pipeline import draw as draw_images
-from serve_app.runtime.tasks import WHOLE, Noise, Resumed, Span, Stay, Urgency
+from serve_app.runtime.tasks import WHOLE, Noise, Resumed, Span, TimeInStage, Urgency
 from tests.fakes import BASE_ALONE, FACTS, LIMITS, FakeStages
 
 
@@ -167,7 +167,7 @@ async def test_time_on_the_way_to_a_denoiser_counts_as_waiting() -> None:
 
     async def denoise(task: Any, on_step: Any) -> Any:
         await asyncio.sleep(0.05)
-        return replace(await stages.denoise(task, on_step), stay=Stay(queue_s=0.5, seconds=0.51))
+        return replace(await stages.denoise(task, on_step), time=TimeInStage(queue_s=0.5, seconds=0.51))
 
     started = time.perf_counter()
     drawing = await draw(request(), replace(stages, denoise=denoise))

@@ -1,6 +1,6 @@
-"""What a benchmark asks for: profiles of requests, and the request at each place of a run.
+"""What a benchmark asks for: mixes of requests, and the request at each place of a run.
 
-The request at place i depends on the profile, the seed and i alone: a longer run begins with the shorter
+The request at place i depends on the mix, the seed and i alone: a longer run begins with the shorter
 one, and every service that is compared gets the same requests.
 """
 
@@ -71,7 +71,7 @@ class Kind(_Strict):
         return self
 
 
-class Profile(_Strict):
+class RequestMix(_Strict):
     """A mix of kinds, and where prompts and seeds come from."""
 
     kinds: Annotated[tuple[Kind, ...], _Many]
@@ -123,14 +123,14 @@ class Asked(_Strict):
         return self.body.get("deadline_s")
 
 
-def request_at(profile: Profile, place: int, seed: int) -> Asked:
+def request_at(mix: RequestMix, place: int, seed: int) -> Asked:
     """The request at `place` (from 0) of a run with `seed`."""
     rng = random.Random(f"{seed}/{place}")
-    (kind,) = rng.choices(profile.kinds, [kind.weight for kind in profile.kinds])
+    (kind,) = rng.choices(mix.kinds, [kind.weight for kind in mix.kinds])
     steps = kind.num_inference_steps
     body: dict[str, Any] = {
-        "prompt": caption(sample_scene(rng)) if profile.prompts == "grammar" else rng.choice(profile.prompts),
-        "seed": _first_seed(profile, place, seed, rng),
+        "prompt": caption(sample_scene(rng)) if mix.prompts == "grammar" else rng.choice(mix.prompts),
+        "seed": _first_seed(mix, place, seed, rng),
         "num_inference_steps": rng.randint(steps.first, steps.last) if isinstance(steps, Span) else rng.choice(steps),
         "guidance_scale": rng.choice(kind.guidance_scale),
         "n": rng.choice(kind.n),
@@ -147,17 +147,17 @@ def request_at(profile: Profile, place: int, seed: int) -> Asked:
     return Asked(kind=kind.name, body=body)
 
 
-def _first_seed(profile: Profile, place: int, seed: int, rng: random.Random) -> int:
-    if profile.seeds == "unique":
+def _first_seed(mix: RequestMix, place: int, seed: int, rng: random.Random) -> int:
+    if mix.seeds == "unique":
         # A request's pictures take seeds upwards from its first.
         return (seed * 1_000_003 + place) * MAX_IMAGES % (MAX_SEED - MAX_IMAGES)
-    return rng.choice(profile.seeds)
+    return rng.choice(mix.seeds)
 
 
-def parse_profile(content: Any, where: str) -> Profile:
-    """A profile of plain data. Raises `ConfigurationError`, one line that names `where` and the key at fault."""
+def parse_mix(content: Any, where: str) -> RequestMix:
+    """A mix of plain data. Raises `ConfigurationError`, one line that names `where` and the key at fault."""
     try:
-        return Profile.model_validate(content)
+        return RequestMix.model_validate(content)
     except ValidationError as error:
         place, reason = first_fault(error)
         key = ".".join(str(part) for part in place if not _is_branch(part))
@@ -170,13 +170,13 @@ def _is_branch(part: int | str) -> bool:
 
 
 _ALL = Span(first=10, last=50)
-PROFILES: dict[str, Profile] = {
-    "mixed": Profile(kinds=(Kind(num_inference_steps=_ALL),)),
-    "presets": Profile(kinds=(Kind(num_inference_steps=(10, 20, 30, 40, 50)),)),
-    "uniform": Profile(kinds=(Kind(num_inference_steps=(25,)),)),
-    "sizes": Profile(kinds=(Kind(num_inference_steps=_ALL, sizes=("64x64", "128x128", "128x64", "96x160")),)),
-    "many": Profile(kinds=(Kind(num_inference_steps=_ALL, n=(1, 2, 4)),)),
-    "schedulers": Profile(
+MIXES: dict[str, RequestMix] = {
+    "mixed": RequestMix(kinds=(Kind(num_inference_steps=_ALL),)),
+    "presets": RequestMix(kinds=(Kind(num_inference_steps=(10, 20, 30, 40, 50)),)),
+    "uniform": RequestMix(kinds=(Kind(num_inference_steps=(25,)),)),
+    "sizes": RequestMix(kinds=(Kind(num_inference_steps=_ALL, sizes=("64x64", "128x128", "128x64", "96x160")),)),
+    "many": RequestMix(kinds=(Kind(num_inference_steps=_ALL, n=(1, 2, 4)),)),
+    "schedulers": RequestMix(
         kinds=(
             Kind(
                 num_inference_steps=_ALL,
@@ -185,11 +185,11 @@ PROFILES: dict[str, Profile] = {
             ),
         )
     ),
-    "short-behind-long": Profile(
+    "short-behind-long": RequestMix(
         kinds=(
             Kind(name="short", weight=1.0, num_inference_steps=(10,)),
             Kind(name="long", weight=3.0, num_inference_steps=(50,)),
         )
     ),
 }
-"""The profiles with a name. Sizes are ones that the embedded demo model draws."""
+"""The mixes with a name. Sizes are ones that the embedded demo model draws."""
