@@ -227,7 +227,7 @@ class _Simulation:
         self._hop(self._at_ingress, _Request(record, ingress))
 
     def _at_ingress(self, request: _Request) -> None:
-        held = request.ingress.admission.hold(request.record.ask.n)
+        held = request.ingress.admission.hold(request.record.ask.n, request.record.ask.cost)
         try:
             held.__enter__()
         except Overloaded as error:

@@ -49,6 +49,11 @@ class Ask:
         """Of the base and of the refiner, over the published checkpoints' schedule; Heun's doubled ones not counted."""
         return split("euler", self.steps, self.high_noise_frac)
 
+    @property
+    def cost(self) -> int:
+        """Row-pixel-steps, as the service's admission counts them (`runtime/cost.py`)."""
+        return self.n * self.pixels * self.rows * self.steps
+
 
 @dataclass(frozen=True)
 class Mix:

@@ -17,16 +17,18 @@ _DRAINING_RETRY_S = 5.0  # until another replica or service is there
 class Admission:
     """Counts images in flight against a limit.
 
-    `Retry-After` is computed from the images that left during the last minute and the time they took: that since
-    others had left before them, without the time when there was no work.
+    `Retry-After` is computed from what the images cost that left during the last minute and the time they took: that
+    since others had left before them, without the time when there was no work; and from what those in flight cost.
+    The unit is the caller's (`cost.py`); where it gives none, an image costs 1.
     """
 
     def __init__(self, max_images: int, clock: Callable[[], float]) -> None:
         self.max_images = max_images
         self.in_flight = 0
+        self._cost = 0.0  # of what is in flight
         self.draining = False  # the service ends: what is under way is finished, nothing new is taken in
         self._clock = clock
-        self._left: deque[tuple[float, int, float]] = deque()  # when, how many, and the time they took
+        self._left: deque[tuple[float, float, float]] = deque()  # when, at what cost, and the time it took
         self._working_since = 0.0  # the last departure, or the end of an idle time
         self._worked_s = 0.0  # since the last departure, before an idle time
 
@@ -35,9 +37,9 @@ class Admission:
         self.draining = True
 
     @contextmanager
-    def hold(self, images: int) -> Iterator[None]:
+    def hold(self, images: int, cost: float | None = None) -> Iterator[None]:
         """Takes in that many images until the block ends, or raises `Overloaded` with the seconds to wait."""
-        release = self.take_in(images)
+        release = self.take_in(images, cost)
         finished = False
         try:
             yield
@@ -45,8 +47,9 @@ class Admission:
         finally:
             release(finished)
 
-    def take_in(self, images: int) -> Callable[[bool], None]:
+    def take_in(self, images: int, cost: float | None = None) -> Callable[[bool], None]:
         """As `hold`, until what it returns is called, once: with whether the images were finished."""
+        cost = float(images) if cost is None else cost
         if images > self.max_images:
             raise InvalidRequest(
                 f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
@@ -63,14 +66,16 @@ class Admission:
         if not self.in_flight:
             self._working_since = self._clock()
         self.in_flight += images
+        self._cost += cost
 
         def release(finished: bool) -> None:
             now = self._clock()
             took_s = self._since_departure_s(now)
             self.in_flight -= images
+            self._cost -= cost
             self._working_since, self._worked_s = now, took_s
             if finished and images:
-                self._left.append((now, images, took_s))
+                self._left.append((now, cost, took_s))
                 self._worked_s = 0.0
             self._forget(now)
 
@@ -83,9 +88,9 @@ class Admission:
         if not self._left:
             return _UNKNOWN_RATE_RETRY_S
         took_s = sum(took_s for _, _, took_s in self._left) + self._since_departure_s(now)
-        rate = sum(count for _, count, _ in self._left) / max(took_s, 0.001)
-        missing = self.in_flight + images - self.max_images
-        return float(min(max(math.ceil(missing / rate), 1), 600))
+        rate = sum(cost for _, cost, _ in self._left) / max(took_s, 0.001)
+        missing = (self.in_flight + images - self.max_images) * self._cost / max(self.in_flight, 1)
+        return float(min(max(math.ceil(missing / rate), 1), 600)) if rate > 0 else _UNKNOWN_RATE_RETRY_S
 
     def _since_departure_s(self, now: float) -> float:
         return self._worked_s + (now - self._working_since if self.in_flight else 0.0)

@@ -31,6 +31,7 @@ from serve_app.request.schema import (
     StreamEvent,
 )
 from serve_app.runtime.admission import Admission
+from serve_app.runtime.cost import cost_of
 from serve_app.runtime.events import Event, EventStream
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
 from serve_app.runtime.quarantine import Quarantine
@@ -93,7 +94,8 @@ class ImageService:
             resolved.append(self._resolve(request, place, any_priority))
             if row % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
                 await asyncio.sleep(0)  # nobody else waits for the rows of a large body
-        with self.admission.hold(sum(request.n for request in resolved)):
+        images, cost = sum(one.n for one in resolved), sum(cost_of(one, self.facts).total for one in resolved)
+        with self.admission.hold(images, cost):
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
@@ -150,7 +152,7 @@ class ImageService:
             if progress or not isinstance(event, Progress):
                 events.put(event)
 
-        release = self.admission.take_in(resolved.n)
+        release = self.admission.take_in(resolved.n, cost_of(resolved, self.facts).total)
         listener = Listener(tell, partial_images) if progress or partial_images else None
         tell(Progress("encode"))
         task = asyncio.create_task(self._draw(resolved, listener, tell))

@@ -137,6 +137,18 @@ def test_the_rate_forgets_what_is_older_than_a_minute() -> None:
         assert overloaded(admission, 1).retry_after_s == 5
 
 
+def test_the_wait_is_of_what_those_in_flight_cost() -> None:
+    """Short ones left, long ones are there: a place is free when as much work is done as a long one takes."""
+    clock = Clock()
+    admission = Admission(2, clock)
+    for _ in range(4):
+        with admission.hold(1, cost=10.0):
+            clock.now += 2  # 5 a second
+    with admission.hold(1, cost=50.0), admission.hold(1, cost=150.0):
+        assert overloaded(admission, 1).retry_after_s == 20
+        assert overloaded(admission, 2).retry_after_s == 40
+
+
 def test_the_wait_is_whole_and_between_a_second_and_ten_minutes() -> None:
     clock = Clock()
     admission = Admission(10, clock)
