@@ -117,6 +117,7 @@ def test_serve_refuses_what_only_rays_own_way_takes(
     assert f"applications.0.{key}: not supported here" in capsys.readouterr().err
 
 
+@pytest.mark.ray
 def test_serve_ends_with_one_line_when_it_cannot(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -143,6 +144,7 @@ def outside_of_ray() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
+@pytest.mark.ray
 def test_serve_until_sigterm_with_work_under_way(tiny: Path, reference: Reference, tmp_path: Path) -> None:
     """`sdxl-serve serve` in a process of its own: a picture, a handle, another `serve` at its Ray; SIGTERM amid work.
 
@@ -245,6 +247,7 @@ def test_a_signal_too_many_ends_it_at_once(phase: str, number: signal.Signals) -
         process.kill()
 
 
+@pytest.mark.ray
 def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
     """Ray is started, Serve is not."""
 
@@ -260,6 +263,7 @@ def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.ray
 def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None:
     """A fault that only a replica can see: the folder's files pass every check, the weights don't load."""
     import json
@@ -283,6 +287,7 @@ def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.ray
 def test_a_request_that_only_the_graph_can_refuse_is_one_line(tmp_path: Path) -> None:
     ended = run("generate", "x", "--width", "512", "-o", str(tmp_path / "x.png"))
     assert ended.returncode == 1

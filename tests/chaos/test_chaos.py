@@ -21,6 +21,7 @@ def up(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
         yield running
 
 
+@pytest.mark.ray
 async def test_faults_under_traffic_lose_nobody_s_request(up: Service, reference: Reference) -> None:
     traffic = Traffic(up.url, pool_of(reference))
 
@@ -29,6 +30,7 @@ async def test_faults_under_traffic_lose_nobody_s_request(up: Service, reference
         await fault(up, traffic, ingress="SIGKILL")
 
 
+@pytest.mark.ray
 async def test_poison_is_contained(up: Service, reference: Reference) -> None:
     traffic = Traffic(up.url, pool_of(reference))
     before = up.processes("denoise")

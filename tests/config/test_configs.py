@@ -308,6 +308,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(("name", "gpus"), [("single-gpu.yaml", 1), ("multi-gpu.yaml", 8)])
 def test_ray_finds_a_place_for_every_replica(name: str, gpus: int) -> None:
     demands = list(_replicas(name))

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.cases import TRAFFIC
 from tests.graph.test_parity import far_apart
 from tests.reference import Reference
 
 
+@pytest.mark.ray
 def test_base_and_refiner_on_two_nodes(tiny: Path, reference: Reference, tmp_path: Path) -> None:
     output = tmp_path / "pictures.npz"
     # A process of its own: this one is connected to the session's Ray instance.

@@ -87,6 +87,7 @@ def test_sizes_that_were_not_drawn_are_stretched_alike() -> None:
     assert found.hop_s == 0.0, "never below nothing"
 
 
+@pytest.mark.ray
 def test_the_command_over_a_real_graph(tiny: Path, tmp_path: Path) -> None:
     one_thread = {"device": "cpu", "torch_threads": 1}
     content = {
