@@ -186,7 +186,7 @@ def test_serve_until_sigterm_with_work_under_way(tiny: Path, reference: Referenc
         assert second.returncode == 1
         assert "an application 'sdxl' is there already; --replace" in second.stderr.splitlines()[-1]
 
-        body = {"prompt": "a kite", "num_inference_steps": 60, "size": "128x128", "n": 2}
+        body = {"prompt": "a kite", "num_inference_steps": 100, "size": "128x128", "n": 2}
         with ThreadPoolExecutor(5) as pool:
             plain = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=300) for _ in range(3)]
             streamed = pool.submit(
@@ -195,8 +195,10 @@ def test_serve_until_sigterm_with_work_under_way(tiny: Path, reference: Referenc
             while httpx.get(f"{url}/health", timeout=60).json()["images_in_flight"] < 8:
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            while (refused := httpx.get(f"{url}/imagine", params=fields, timeout=60)).status_code == 200:
-                pass
+            while (ready := httpx.get(f"{url}/ready", timeout=60)).status_code == 200:
+                time.sleep(0.05)
+            assert ready.json()["error"]["code"] == "draining"
+            refused = httpx.get(f"{url}/imagine", params=fields, timeout=60)
             assert refused.status_code == 503
             assert int(refused.headers["Retry-After"]) >= 1
             assert "shutting down" in refused.text
@@ -265,7 +267,7 @@ def test_a_machine_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None:
-    """A fault that only a replica can see: the folder's files pass every check, the weights don't load."""
+    """A fault that only a replica sees: the files pass what is looked at before anything starts."""
     import json
     import shutil
 
@@ -281,8 +283,6 @@ def test_a_deployment_that_fails_is_one_line(tiny: Path, tmp_path: Path) -> None
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("sdxl-serve: VaeDecoder: ")
     assert "decoder.conv_in" in last, "the replica's own words"
-    (log,) = Path("/").glob(last.rpartition("; log: /")[2])
-    assert "decoder.conv_in" in log.read_text()
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "x.png").exists()
 

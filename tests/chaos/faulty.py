@@ -1,4 +1,4 @@
-"""The graph's deployments with faults in their passes: `python -m tests.chaos.faulty CONFIG PORT FOLDER` serves them.
+"""The graph's deployments with faults in their passes: `python -m tests.chaos.start CONFIG PORT FOLDER` serves them.
 
 A file in FOLDER orders one fault of one replica: `block-denoise` has one pass of a base replica never end,
 `freeze-denoise` has it hold the interpreter's lock meanwhile, so that nothing else of its process runs either.
@@ -24,6 +24,7 @@ from serve_app.graph.denoiser import Denoiser
 from serve_app.graph.local import running
 from serve_app.graph.text_encoder import TextEncoder
 from serve_app.graph.vae_decoder import VaeDecoder
+from serve_app.runtime.tasks import Noise
 
 FOLDER = "SDXL_SERVE_CHAOS_FOLDER"
 POISON_SEED, POISON_WORD = 666, "strychnine"
@@ -65,8 +66,8 @@ class FaultyTextEncoder(TextEncoder.func_or_class):  # type: ignore[misc, name-d
 class FaultyDenoiser(Denoiser.func_or_class):  # type: ignore[misc, name-defined]
     def __init__(self, config: AppConfig, stage: Any) -> None:
         super().__init__(config, stage)
-        forward = with_faults(self._denoiser.forward, stage, lambda state: state.task.seed == POISON_SEED)
-        self._denoiser.forward = forward
+        forward = with_faults(self._runner.forward, stage, lambda state: state.task.start == Noise(POISON_SEED))
+        self._runner.forward = forward
 
 
 class FaultyVaeDecoder(VaeDecoder.func_or_class):  # type: ignore[misc, name-defined]
@@ -80,16 +81,9 @@ def main() -> None:
     os.environ[FOLDER] = folder
     from ray import serve
 
-    # By import, and not by value as classes of a main module.
-    from tests.chaos import faulty
-
-    build.TextEncoder = serve.deployment(faulty.FaultyTextEncoder)  # type: ignore[attr-defined]
-    build.Denoiser = serve.deployment(faulty.FaultyDenoiser)  # type: ignore[attr-defined]
-    build.VaeDecoder = serve.deployment(faulty.FaultyVaeDecoder)  # type: ignore[attr-defined]
+    build.TextEncoder = serve.deployment(FaultyTextEncoder)  # type: ignore[attr-defined]
+    build.Denoiser = serve.deployment(FaultyDenoiser)  # type: ignore[attr-defined]
+    build.VaeDecoder = serve.deployment(FaultyVaeDecoder)  # type: ignore[attr-defined]
     with running(check_serve_config(yaml.safe_load(Path(config).read_text())), port=int(port)):
         print("ready", flush=True)
         sys.stdin.read()  # until whoever started it closes it
-
-
-if __name__ == "__main__":
-    main()

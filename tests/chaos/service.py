@@ -112,7 +112,7 @@ def service(tiny: Path, folder: Path) -> Iterator[Service]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.faulty", str(config), str(port), str(folder)],
+            [sys.executable, "-m", "tests.chaos.start", str(config), str(port), str(folder)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

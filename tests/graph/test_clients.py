@@ -56,6 +56,12 @@ def by_openai_url(url: str) -> bytes:
     return base64.b64decode(answer.data[0].url.removeprefix("data:image/png;base64,"))
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite runs as without a network, where Hugging Face's client asks nobody, not even this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 def by_hugging_face(url: str) -> bytes:
     client = InferenceClient(model=f"{url}/hugging-face/text-to-image", token="none", provider="hf-inference")
     assert client.health_check()
