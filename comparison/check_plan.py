@@ -26,7 +26,7 @@ from serve_app.planning.live import LiveGraph, processor_seconds, since, times_b
 from serve_app.planning.profile import Profile, read_profile
 from serve_app.planning.simulate import Run, percentile, simulate
 from serve_app.planning.workload import Mix, closed_loop, poisson
-from serve_app.runtime.engine import PassTimes
+from serve_app.runtime.stats import PassTimes
 
 _WARM_UP = 0.2  # share of requests that come before those that are compared
 

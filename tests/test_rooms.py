@@ -55,6 +55,8 @@ PURE = (
     "runtime.tasks",
     "runtime.scheduling",
     "runtime.admission",
+    "runtime.cost",
+    "runtime.stats",
     "runtime.events",
     "graph.capacity",
     "graph.environment",

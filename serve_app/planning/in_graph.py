@@ -21,7 +21,7 @@ from serve_app.planning.plan import alone_s
 from serve_app.planning.profile import DenoiseStage, Profile, pixels_of
 from serve_app.planning.simulate import Replicas, simulate
 from serve_app.planning.workload import Ask, Mix, closed_loop, poisson
-from serve_app.runtime.engine import PassTimes
+from serve_app.runtime.stats import PassTimes
 
 _FEWEST_PASSES = 5  # of a number of rows for it to count
 _STEPS = (10, 50)

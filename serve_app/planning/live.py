@@ -17,7 +17,7 @@ from serve_app.planning.simulate import Replicas
 from serve_app.planning.workload import Ask
 from serve_app.request.errors import ConfigurationError
 from serve_app.request.schema import ImageRequest
-from serve_app.runtime.engine import PassTimes
+from serve_app.runtime.stats import PassTimes
 
 _ASKS_FOR_STATS = 200  # calls until every replica should have been met: each goes to one at random
 

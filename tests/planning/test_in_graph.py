@@ -18,7 +18,7 @@ from serve_app.planning.plan import alone_s
 from serve_app.planning.profile import read_profile
 from serve_app.planning.simulate import Replicas, simulate
 from serve_app.planning.workload import Ask
-from serve_app.runtime.engine import PassTimes
+from serve_app.runtime.stats import PassTimes
 from tests.planning.small import HOP_S, ROW_S, machine
 
 REPLICAS = Replicas(refine=1)
