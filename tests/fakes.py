@@ -12,7 +12,7 @@ import numpy as np
 from serve_app.config.settings import AppConfig, HttpConfig
 from serve_app.request.facts import DecoderFacts, DenoiserFacts, ModelFacts, TextFacts
 from serve_app.request.limits import Limits
-from serve_app.runtime.pipeline import OnStep, Stages
+from serve_app.runtime.pipeline import Stages
 from serve_app.runtime.service import ImageService
 from serve_app.runtime.tasks import (
     Conditioning,
@@ -20,6 +20,7 @@ from serve_app.runtime.tasks import (
     EncodeTask,
     Latents,
     Noise,
+    OnStep,
     Resumed,
     StageConditioning,
     StepReport,

@@ -26,8 +26,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from serve_app.request.errors import Overloaded, RequestKillsReplica, ServiceError, StageUnavailable
 from serve_app.request.facts import DecoderFacts, DenoiserFacts, TextFacts
 from serve_app.runtime.engine import ReplicaLeaving
-from serve_app.runtime.pipeline import OnStep, Stages
-from serve_app.runtime.tasks import Alive, Conditioning, DenoiseTask, EncodeTask, Latents, StepReport, Urgency
+from serve_app.runtime.pipeline import Stages
+from serve_app.runtime.tasks import Alive, Conditioning, DenoiseTask, EncodeTask, Latents, OnStep, StepReport, Urgency
 
 if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats

@@ -1,4 +1,4 @@
-"""The ingress: every protocol's way in, and the order of the stages. Loads no torch."""
+"""The ingress: every format's way in, and the order of the stages. Loads no torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from serve_app.models.check import check
 from serve_app.models.checkpoint import locate
 from serve_app.runtime.micro_batch import MicroBatcher, SharedCache
 from serve_app.runtime.scheduling import Budget, scheduler_for
-from serve_app.runtime.tasks import Alive, Conditioning, EncodeTask, StepReport
+from serve_app.runtime.tasks import Alive, Conditioning, EncodeTask, OnTurn, StepReport
 from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -75,12 +75,13 @@ class TextEncoder:
             (waiting.add if waits else waiting.discard)(job)
             call.turn(bool(undone) and waiting >= undone)  # not while one of them may be in a pass
 
-        async def embed(job: TextJob) -> TextEmbedding:
-            return await self._batcher.submit(job, task.urgency, alone=alone, on_turn=functools.partial(turn, job))
+        async def embed(job: TextJob, on_turn: OnTurn) -> TextEmbedding:
+            return await self._batcher.submit(job, task.urgency, alone=alone, on_turn=on_turn)
 
         async def embedded(job: TextJob) -> TextEmbedding:
+            compute, own_turn = functools.partial(embed, job), functools.partial(turn, job)
             try:
-                return await self._cache.get(job, functools.partial(embed, job), priority, alone=alone)
+                return await self._cache.get(job, compute, priority, alone=alone, on_turn=own_turn)
             finally:
                 undone.discard(job)
                 turn(job, False)

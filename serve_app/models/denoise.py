@@ -22,7 +22,7 @@ from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute, is_context_broken, is_out_of_memory
 from serve_app.models.files import refusing
 from serve_app.models.sampling import (
-    Scheduler,
+    DiffusersScheduler,
     draw_noise,
     guide,
     make_scheduler,
@@ -51,7 +51,7 @@ class Trajectory:
     """
 
     task: DenoiseTask
-    scheduler: Scheduler
+    scheduler: DiffusersScheduler
     scheduler_step: Any
     generator: torch.Generator
     timesteps: torch.Tensor  # (steps,) on the CPU, so that reading one never waits for the device
@@ -168,7 +168,7 @@ class UNetRunner:
         )
 
     def _first_latents(
-        self, task: DenoiseTask, scheduler: Scheduler, timesteps: torch.Tensor, generator: torch.Generator
+        self, task: DenoiseTask, scheduler: DiffusersScheduler, timesteps: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """(1, 4, H/8, W/8) float32 before the first step; sets the random stream."""
         if isinstance(task.start, Noise):

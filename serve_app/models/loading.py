@@ -12,7 +12,7 @@ from typing import Any
 
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.files import refusing
-from serve_app.models.weights import check_weights, encoder_class, fit_of, judge, model_class, quiet
+from serve_app.models.weights import check_types, check_weights, encoder_class, fit_of, judge, model_class, quiet
 from serve_app.request.errors import ConfigurationError
 
 
@@ -48,7 +48,7 @@ def load_scheduler(checkpoint: Checkpoint) -> Any:
 def load_text_encoder(checkpoint: Checkpoint, component: str, dtype: Any) -> Any:
     """A CLIP text encoder, in eval mode on the CPU."""
     path = checkpoint.weights(component)
-    checkpoint.header(component)  # a file that is not whole is one line here
+    check_types(path, checkpoint.header(component))  # a file that is not whole is one line here, too
     with refusing(checkpoint.path(component)), quiet():
         model, info = encoder_class(component).from_pretrained(
             checkpoint.path(component),

@@ -18,10 +18,10 @@ import torch
 from serve_app.request.schedulers import BY_CLASS, BY_NAME
 from serve_app.runtime.tasks import WHOLE, Noise, Noised, Resumed, Span, Start
 
-Scheduler = Any  # diffusers' schedulers share no useful base class
+DiffusersScheduler = Any  # diffusers' schedulers share no useful base class
 
 
-def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
+def make_scheduler(native: DiffusersScheduler, name: str | None) -> DiffusersScheduler:
     """A fresh scheduler: a copy of the checkpoint's own, or the named one made from its configuration."""
     if name is None:
         return copy.deepcopy(native)
@@ -29,7 +29,7 @@ def make_scheduler(native: Scheduler, name: str | None) -> Scheduler:
     return getattr(diffusers.schedulers, row.diffusers_class).from_config(native.config, **row.arguments)
 
 
-def try_out(native: Scheduler) -> int:
+def try_out(native: DiffusersScheduler) -> int:
     """Takes the checkpoint's own scheduler through a trajectory of nothing; raises what it raises.
 
     Returns a number of steps that it takes: distilled models' schedulers refuse more than they were made for.
@@ -58,7 +58,7 @@ def draw_noise(generator: torch.Generator, width: int, height: int, channels: in
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
-def take_timesteps(scheduler: Scheduler, start: Start, span: Span) -> torch.Tensor:
+def take_timesteps(scheduler: DiffusersScheduler, start: Start, span: Span) -> torch.Tensor:
     """The slice of `scheduler.timesteps` that a denoiser visits; sets the scheduler's begin index."""
     match start:
         case Noise():
@@ -72,14 +72,14 @@ def take_timesteps(scheduler: Scheduler, start: Start, span: Span) -> torch.Tens
     return timesteps
 
 
-def _end_of_base(scheduler: Scheduler, denoising_end: float | None) -> int | None:
+def _end_of_base(scheduler: DiffusersScheduler, denoising_end: float | None) -> int | None:
     """The rule of StableDiffusionXLPipeline: the training timesteps at or above a rounded cutoff."""
     if denoising_end is None:
         return None
     return int((scheduler.timesteps >= _cutoff(scheduler, denoising_end)).sum())
 
 
-def _start_of_refiner(scheduler: Scheduler, denoising_start: float | None) -> int:
+def _start_of_refiner(scheduler: DiffusersScheduler, denoising_start: float | None) -> int:
     """The rule of StableDiffusionXLImg2ImgPipeline.get_timesteps with `denoising_start`.
 
     For second-order schedulers, which hold all but the first timestep twice, an even count would cut
@@ -93,23 +93,23 @@ def _start_of_refiner(scheduler: Scheduler, denoising_start: float | None) -> in
     return len(scheduler.timesteps) - steps
 
 
-def _start_by_strength(scheduler: Scheduler, strength: float) -> int:
+def _start_by_strength(scheduler: DiffusersScheduler, strength: float) -> int:
     """The rule of StableDiffusionXLImg2ImgPipeline.get_timesteps with `strength`."""
     steps = scheduler.num_inference_steps
     return int(max(steps - min(int(steps * strength), steps), 0) * scheduler.order)
 
 
-def _cutoff(scheduler: Scheduler, fraction: float) -> int:
+def _cutoff(scheduler: DiffusersScheduler, fraction: float) -> int:
     total: int = scheduler.config.num_train_timesteps
     return round(total - fraction * total)
 
 
-def _set_begin_index(scheduler: Scheduler, index: int) -> None:
+def _set_begin_index(scheduler: DiffusersScheduler, index: int) -> None:
     if hasattr(scheduler, "set_begin_index"):  # DDIM has none: its step needs the timestep alone
         scheduler.set_begin_index(index)
 
 
-def make_step(scheduler: Scheduler, generator: torch.Generator, eta: float) -> Any:
+def make_step(scheduler: DiffusersScheduler, generator: torch.Generator, eta: float) -> Any:
     """`scheduler.step` with the keyword arguments that this scheduler's signature takes."""
     parameters = inspect.signature(scheduler.step).parameters
     keywords: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def guide(rows: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
 
 
 def predicted_original(
-    scheduler: Scheduler, noise: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
+    scheduler: DiffusersScheduler, noise: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
     """The finished latents as far as they can be told before a step: (1, C, h, w), for previews alone.
 

@@ -127,7 +127,7 @@ def check_weights(checkpoint: Checkpoint, component: str) -> None:
     """
     path = checkpoint.weights(component)
     header = checkpoint.header(component)
-    _check_types(path, header)
+    check_types(path, header)
     if component in ("unet", "vae"):
         model, found = _diffusers_model(checkpoint, component), {name: entry.shape for name, entry in header.items()}
         if path.suffix != ".json":
@@ -196,8 +196,8 @@ def _diffusers_model(checkpoint: Checkpoint, component: str) -> Any:
         return kind.from_config(kind.load_config(checkpoint.path(component), local_files_only=True))
 
 
-def _check_types(path: Path, header: Mapping[str, Entry]) -> None:
-    """Integers are no weights of SDXL: position ids apart, a quantiser wrote them."""
+def check_types(path: Path, header: Mapping[str, Entry]) -> None:
+    """Refuses integers, which are no weights of SDXL: position ids apart, a quantiser wrote them."""
     for name, entry in header.items():
         if name.endswith(".weight") and entry.dtype[0] in "IU":
             _, form = next(

@@ -17,7 +17,7 @@ _NOT_ITS_OWN = "not its own"
 
 
 @dataclass(frozen=True)
-class StageFacts:
+class StagePlan:
     """How the two denoisers will run this request."""
 
     refined: bool
@@ -50,7 +50,7 @@ class _Effect:
         return f"{self.field} has no effect: {self.refiner if self.base == _NOT_ITS_OWN else self.base}"
 
 
-def effect_warnings(request: ImageRequest, facts: StageFacts) -> list[str]:
+def effect_warnings(request: ImageRequest, facts: StagePlan) -> list[str]:
     """A line for every field that diffusers ignores, or that acts in one of two stages alone."""
     warnings = [line for effect in _effects(request, facts) if (line := effect.warning()) is not None]
     scheduler = find(facts.refiner_scheduler)
@@ -59,7 +59,7 @@ def effect_warnings(request: ImageRequest, facts: StageFacts) -> list[str]:
     return warnings
 
 
-def _effects(request: ImageRequest, facts: StageFacts) -> list[_Effect]:
+def _effects(request: ImageRequest, facts: StagePlan) -> list[_Effect]:
     asked = request.model_fields_set
     off = "guidance is off (guidance_scale is not above 1)"
     alone = "the base alone draws this picture"

@@ -1,4 +1,4 @@
-"""Every error a caller can see, each with its HTTP status. Protocols render them; nothing else does.
+"""Every error a caller can see, each with its HTTP status. Formats render them; nothing else does.
 
 An error crosses process borders by pickle, so its whole state is in plain attributes.
 """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.demo.grammar import unknown_prompt
-from serve_app.request.effects import StageFacts, effect_warnings
+from serve_app.request.effects import StagePlan, effect_warnings
 from serve_app.request.errors import ConfigurationError, InvalidRequest
 from serve_app.request.facts import ModelFacts
 from serve_app.request.fields import MAX_SEED, OutputFormat, UrgencyFields
@@ -134,7 +134,7 @@ def resolve(request: ImageRequest, facts: ModelFacts, limits: Limits, request_id
         deadline_s=request.deadline_s,
         output_format=request.output_format,
         quality=DEFAULT_QUALITY if request.output_compression is None else request.output_compression,
-        warnings=(*effect_warnings(request, _stage_facts(request, facts, refined)), *_demo_warnings(request, facts)),
+        warnings=(*effect_warnings(request, _stage_plan(request, facts, refined)), *_demo_warnings(request, facts)),
     )
 
 
@@ -181,9 +181,9 @@ def _demo_warnings(request: ImageRequest, facts: ModelFacts) -> list[str]:
     ]
 
 
-def _stage_facts(request: ImageRequest, facts: ModelFacts, refined: bool) -> StageFacts:
+def _stage_plan(request: ImageRequest, facts: ModelFacts, refined: bool) -> StagePlan:
     refiner_guidance = request.refiner_guidance_scale
-    return StageFacts(
+    return StagePlan(
         refined=refined,
         base_guided=request.guidance_scale > 1,
         refiner_guided=refined and (request.guidance_scale if refiner_guidance is None else refiner_guidance) > 1,

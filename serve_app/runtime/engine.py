@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.scheduling import Batch, Job, StepScheduler
 from serve_app.runtime.stats import EngineStats
-from serve_app.runtime.tasks import WORD_LEAVES_S, StepReport, TimeInStage
+from serve_app.runtime.tasks import WORD_LEAVES_S, OnStep, OnTurn, StepReport, TimeInStage
 from serve_app.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ OutputT = TypeVar("OutputT")
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
 
-OnStep = Callable[[StepReport], None]
-OnTurn = Callable[[bool], None]
 
 logger = logging.getLogger("ray.serve")
 

@@ -17,14 +17,13 @@ from typing import Generic, TypeVar
 
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.scheduling import Job, StepScheduler
-from serve_app.runtime.tasks import WORD_LEAVES_S, Urgency
+from serve_app.runtime.tasks import WORD_LEAVES_S, OnTurn, Urgency
 from serve_app.runtime.watch import Watch
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 KeyT = TypeVar("KeyT", bound=Hashable)
 
-OnTurn = Callable[[bool], None]
 
 _AT_LEISURE = Urgency()
 logger = logging.getLogger("ray.serve")
@@ -252,12 +251,19 @@ class SharedCache(Generic[KeyT, ResultT]):
         return self._counts | {"cache_entries": len(self._kept)}
 
     async def get(
-        self, key: KeyT, compute: Callable[[], Awaitable[ResultT]], priority: int = 0, *, alone: bool = False
+        self,
+        key: KeyT,
+        compute: Callable[[OnTurn], Awaitable[ResultT]],
+        priority: int = 0,
+        *,
+        alone: bool = False,
+        on_turn: OnTurn | None = None,
     ) -> ResultT:
         """The result for `key`, from the cache, from a computation under way, or from a new one.
 
         Those of one priority share a computation: who is more urgent does not wait with who is less, and who must be
-        run `alone` shares only with its like.
+        run `alone` shares only with its like. `compute` is given what to call with each turn of its work
+        (`MicroBatcher.submit`); all who share it get those turns by `on_turn`, who joins late the last one at once.
         """
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -267,14 +273,19 @@ class SharedCache(Generic[KeyT, ResultT]):
         shared = self._running.get(group)
         if shared is None:
             self._counts["cache_misses"] += 1
-            shared = self._running[group] = _Shared(asyncio.ensure_future(compute()))
+            shared = self._running[group] = _Shared()
+            shared.task = asyncio.ensure_future(compute(shared.turn))
         else:
             self._counts["cache_hits"] += 1
         shared.waiters += 1
+        if on_turn is not None:
+            shared.follow(on_turn)
         try:
             result = await asyncio.shield(shared.task)
         finally:
             shared.waiters -= 1
+            if on_turn is not None:
+                shared.followers.remove(on_turn)
             if shared.waiters == 0:
                 shared.task.cancel()  # no effect where it is done
             if (shared.task.done() or shared.waiters == 0) and self._running.get(group) is shared:
@@ -290,7 +301,20 @@ class SharedCache(Generic[KeyT, ResultT]):
                 self._kept.popitem(last=False)
 
 
-@dataclass
 class _Shared(Generic[ResultT]):
     task: asyncio.Future[ResultT]
-    waiters: int = 0
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.followers: list[OnTurn] = []
+        self._waits: bool | None = None  # as last told
+
+    def turn(self, waits: bool) -> None:
+        self._waits = waits
+        for follower in self.followers:
+            follower(waits)
+
+    def follow(self, on_turn: OnTurn) -> None:
+        self.followers.append(on_turn)
+        if self._waits is not None:
+            on_turn(self._waits)

@@ -23,6 +23,7 @@ from serve_app.runtime.tasks import (
     DenoiseTask,
     EncodeTask,
     Latents,
+    OnStep,
     StepReport,
     Urgency,
     encode_task,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
 ImageT = TypeVar("ImageT")
-OnStep = Callable[[StepReport], None]
 
 
 Denoise = Callable[[DenoiseTask, OnStep | None], Awaitable[Latents]]
@@ -77,7 +77,7 @@ class Drawing(Generic[ImageT]):
 
 
 @dataclass
-class _Span:
+class _StageTime:
     first: float = 0.0
     last: float = 0.0
     steps: int = 0
@@ -88,17 +88,17 @@ class _Span:
 class _Stopwatch:
     """Wall time of each stage, from its first image's start to its last image's end."""
 
-    spans: dict[StageName, _Span] = field(default_factory=dict)
+    spans: dict[StageName, _StageTime] = field(default_factory=dict)
 
     @contextmanager
-    def time(self, stage: StageName) -> Iterator[_Span]:
+    def time(self, stage: StageName) -> Iterator[_StageTime]:
         start = time.perf_counter()
-        span = self.spans.setdefault(stage, _Span(first=start))
+        span = self.spans.setdefault(stage, _StageTime(first=start))
         yield span
         span.last = time.perf_counter()
 
     def timings(self) -> list[StageTiming]:
-        spans = {stage: self.spans.get(stage, _Span()) for stage in STAGES}
+        spans = {stage: self.spans.get(stage, _StageTime()) for stage in STAGES}
         return [
             StageTiming(stage, span.last - span.first, span.steps, span.queue_s or 0.0) for stage, span in spans.items()
         ]

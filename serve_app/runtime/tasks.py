@@ -5,6 +5,7 @@ Shapes: k is the number of 77-token chunks (1 today), H and W the picture's size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,12 @@ class StepReport:
     steps: int
     queue_position: int | None = None  # 0 is next
     preview: Floats | None = None  # (4, H/8, W/8): the finished latents as far as they can be told by now
+
+
+OnStep = Callable[[StepReport], None]
+"""Called with each report of a step."""
+OnTurn = Callable[[bool], None]
+"""Called with whether work waits: for its first pass, or no more."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -71,6 +72,10 @@ class Service:
         """Has the next pass of a stage go wrong: `block` or `freeze`."""
         (self._folder / f"{fault}-{stage}").touch()
 
+    def deaths(self, stage: str) -> int:
+        """How many replicas of a stage have died of poison so far."""
+        return len(list(self._folder.glob(f"death-{stage}-*")))
+
     async def until_done(self, fault: str, stage: str) -> None:
         """Waits until an order was carried out, and takes it back."""
         done, began = self._folder / f"{fault}-{stage}.done", time.monotonic()
@@ -123,7 +128,8 @@ def service(tiny: Path, folder: Path) -> Iterator[Service]:
         family = psutil.Process(process.pid)
         try:
             assert process.stdout is not None and process.stdin is not None
-            assert process.stdout.readline().strip() == "ready", (folder / "log").read_text()
+            said = select.select([process.stdout], [], [], START_S)[0]
+            assert said and process.stdout.readline().strip() == "ready", (folder / "log").read_text()
             yield Service(f"http://127.0.0.1:{port}", family, folder)
         finally:
             everybody = family.children(recursive=True)
@@ -188,20 +194,19 @@ class Traffic:
         while not self._stopping:
             request, picture = self.pool[number % len(self.pool)]
             number += 5
+            began = time.monotonic()
+            self.under_way.add(began)
             # A connection each, so that a proxy's or an ingress's death cuts only what it had.
             async with httpx.AsyncClient(base_url=self.url, timeout=HANG_S) as http:
-                self.outcomes.append(await self._ask(http, request, picture))
+                self.outcomes.append(await self._ask(http, request, picture, began))
+            self.under_way.discard(began)
 
-    async def _ask(self, http: httpx.AsyncClient, request: ImageRequest, picture: np.ndarray) -> Outcome:
-        began = time.monotonic()
-        self.under_way.add(began)
+    async def _ask(self, http: httpx.AsyncClient, request: ImageRequest, picture: np.ndarray, began: float) -> Outcome:
         try:
             body = request.model_dump(mode="json", exclude_unset=True) | {"response_format": "b64_json"}
             answer = await http.post("/v1/images/generations", json=body)
         except httpx.TransportError as error:
             return Outcome(began, time.monotonic(), None, said=repr(error))
-        finally:
-            self.under_way.discard(began)
         ended = time.monotonic()
         if answer.status_code != 200:
             plain = answer.headers.get("content-type", "").startswith("text/plain")

@@ -13,8 +13,7 @@ import pytest
 
 from serve_app.http.app import build_http_app
 from serve_app.pictures.files import read_parameters
-from serve_app.runtime.pipeline import OnStep
-from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
+from serve_app.runtime.tasks import DenoiseTask, Latents, OnStep, StepReport
 from tests.fakes import FakeStages, service
 from tests.http.test_app import GENERATIONS, a_client, openai_error, post
 

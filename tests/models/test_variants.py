@@ -369,6 +369,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "torch.compile's names": (prefixed(UNET, "_orig_mod."), "save the model within, as in `unet._orig_mod`"),
     "DataParallel's names": (prefixed(UNET, "module."), "names that all begin with `module.`"),
     "bitsandbytes' files": (quantised, "weights quantised by bitsandbytes"),
+    "a text encoder in whole numbers": (
+        weights(CLIP_1, lambda found: {name: tensor.to(torch.int8) for name, tensor in found.items()}),
+        "is of type I8",
+    ),
     "a quantiser's configuration": (
         settings("unet/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "quantised weights (bitsandbytes)",

@@ -12,8 +12,10 @@ import pytest
 from serve_app.request.errors import StageUnavailable
 from serve_app.runtime.micro_batch import MicroBatcher, SharedCache
 from serve_app.runtime.scheduling import Budget, StepScheduler
-from serve_app.runtime.tasks import Urgency
+from serve_app.runtime.tasks import OnTurn, Urgency
 from serve_app.runtime.watch import Watch
+
+Compute = Callable[[OnTurn], Awaitable[str]]
 
 DEADLINE_S = 20  # of a wait that ends at once unless something is broken
 
@@ -242,7 +244,7 @@ class Computation:
         self.cancelled = 0
         self.gate = asyncio.Event()
 
-    async def __call__(self) -> str:
+    async def __call__(self, _: OnTurn) -> str:
         self.begun += 1
         try:
             await self.gate.wait()
@@ -327,20 +329,18 @@ async def test_a_batch_that_hangs_fails_health_and_its_items_can_be_abandoned() 
     device.let_go()
 
 
-def at_once(value: str) -> Callable[[], Awaitable[str]]:
-    async def compute() -> str:
+def at_once(value: str) -> Compute:
+    async def compute(_: OnTurn) -> str:
         return value
 
     return compute
 
 
-async def never() -> str:
+async def never(_: OnTurn) -> str:
     raise AssertionError("computed again")
 
 
-async def waiting(
-    cache: SharedCache[str, str], compute: Callable[[], Awaitable[str]], count: int
-) -> list[asyncio.Task[str]]:
+async def waiting(cache: SharedCache[str, str], compute: Compute, count: int) -> list[asyncio.Task[str]]:
     tasks = [asyncio.create_task(cache.get("k", compute)) for _ in range(count)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -351,12 +351,9 @@ async def test_the_urgent_do_not_wait_with_those_who_can() -> None:
     cache: SharedCache[str, str] = SharedCache(4)
     patient: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def at_once() -> str:
-        return "urgent"
-
-    waiting = asyncio.create_task(cache.get("p", lambda: patient, priority=-100))
+    waiting = asyncio.create_task(cache.get("p", lambda _: patient, priority=-100))
     await asyncio.sleep(0)
-    assert await cache.get("p", at_once, priority=100) == "urgent"
+    assert await cache.get("p", at_once("urgent"), priority=100) == "urgent"
     assert not waiting.done()
     patient.set_result("patient")
     assert await waiting == "patient"
@@ -369,6 +366,32 @@ async def test_suspects_share_no_computation_with_others() -> None:
     await asyncio.sleep(0)
     assert await cache.get("a", at_once("alone"), alone=True) == "alone"
     ordinary.cancel()
+
+
+async def test_all_who_share_a_computation_get_its_turns() -> None:
+    """A replica that dies of a text has all who asked for it under suspicion, not only who asked first."""
+    cache: SharedCache[str, str] = SharedCache(4)
+    gate, told = asyncio.Event(), asyncio.Queue[OnTurn]()
+
+    async def compute(on_turn: OnTurn) -> str:
+        on_turn(True)
+        told.put_nowait(on_turn)
+        await gate.wait()
+        return "value"
+
+    turns: dict[str, list[bool]] = {"first": [], "second": [], "late": []}
+    tasks = [
+        asyncio.create_task(cache.get("k", compute, alone=True, on_turn=turns[name].append))
+        for name in ("first", "second")
+    ]
+    on_turn = await told.get()
+    tasks.append(asyncio.create_task(cache.get("k", never, alone=True, on_turn=turns["late"].append)))
+    await asyncio.sleep(0)
+    assert turns == {"first": [True], "second": [True], "late": [True]}
+    on_turn(False)
+    assert turns == {"first": [True, False], "second": [True, False], "late": [True, False]}
+    gate.set()
+    assert await asyncio.gather(*tasks) == ["value"] * 3
 
 
 async def test_what_many_ask_for_is_computed_once() -> None:

@@ -20,8 +20,7 @@ from serve_app.request.schema import (
     Progress,
     StreamEvent,
 )
-from serve_app.runtime.pipeline import OnStep
-from serve_app.runtime.tasks import DenoiseTask, Latents, StepReport
+from serve_app.runtime.tasks import DenoiseTask, Latents, OnStep, StepReport
 from tests.fakes import FACTS, FakeStages, service
 
 
