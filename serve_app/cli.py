@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app import __version__
 from serve_app.load.command import add_flags as add_bench_flags
+from serve_app.load.command import run as run_bench
 from serve_app.pictures.files import MEDIA_TYPES
 from serve_app.planning.command import add_plan_flags
 from serve_app.planning.measure import add_profile_flags
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="put load on a running service and measure it")
     add_bench_flags(bench)
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=run_bench)
 
     plan = commands.add_parser("plan", help="how many replicas a load needs, and how fast it will be, on paper")
     add_plan_flags(plan)
@@ -283,12 +284,6 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{source}: not on this machine; the replica that fetches it checks it", file=sys.stderr)
     print(f"{options.config}: fine ({config.app.base}{' + ' + str(config.app.refiner) if config.app.refiner else ''})")
     return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from serve_app.load.command import run
-
-    return run(options)
 
 
 def _make_tiny(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from serve_app.models import loading
 from serve_app.models.backends.eager import Eager
-from serve_app.models.backends.rows import Backend, Rows
+from serve_app.models.backends.rows import Backend, Rows, text_widths
 from serve_app.models.backends.traced import Traced
 from serve_app.models.checkpoint import Checkpoint
 from serve_app.models.device import Compute, is_context_broken, is_out_of_memory
@@ -75,10 +75,11 @@ class UNetRunner:
         self._native_scheduler = loading.load_scheduler(source)
         self._source = source
         self.takes_aesthetic_score = bool(source.model_index().get("requires_aesthetics_score", False))
+        self._time_ids = 5 if self.takes_aesthetic_score else 6
         self._backend: Backend = Eager(self._unet)
         if trace is True or (trace == "auto" and compute.device.type == "cpu"):
             with refusing(f"{source.path('unet')}: its first pass"):
-                self._backend = Traced(self._unet, compute, time_ids=5 if self.takes_aesthetic_score else 6)
+                self._backend = Traced(self._unet, compute, self._time_ids)
         # SDXL's pipelines take the factor from the VAE; a denoiser has none to ask and SDXL's is 8.
         self.scale_factor = 8
 
@@ -116,12 +117,8 @@ class UNetRunner:
                     raise ConfigurationError(f"{self._source.path('unet')}: its prediction is not finite")
 
     def _task_of_nothing(self, size_px: int, steps: int, guidance_scale: float) -> DenoiseTask:
-        config = self._unet.config
-        time_ids = 5 if self.takes_aesthetic_score else 6
-        width = config.cross_attention_dim
-        text = np.zeros((77, width if isinstance(width, int) else width[0]), dtype=np.float32)
-        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-        vector = np.zeros(pooled, dtype=np.float32)
+        width, pooled = text_widths(self._unet.config, self._time_ids)
+        text, vector = np.zeros((77, width), dtype=np.float32), np.zeros(pooled, dtype=np.float32)
         return DenoiseTask(
             id="dry run",
             conditioning=StageConditioning(text, vector, text, vector),
@@ -133,8 +130,8 @@ class UNetRunner:
             guidance_scale=guidance_scale,
             guidance_rescale=0.0,
             eta=0.0,
-            time_ids=(float(size_px),) * time_ids,
-            negative_time_ids=(float(size_px),) * time_ids,
+            time_ids=(float(size_px),) * self._time_ids,
+            negative_time_ids=(float(size_px),) * self._time_ids,
         )
 
     @torch.inference_mode()

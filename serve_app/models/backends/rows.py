@@ -11,6 +11,13 @@ import torch
 from serve_app.models.device import Compute
 
 
+def text_widths(config: Any, time_ids: int) -> tuple[int, int]:
+    """D and P of the text that a UNet of this configuration takes: see `Rows`."""
+    text = config.cross_attention_dim
+    text = text if isinstance(text, int) else text[0]  # diffusers takes a list, one for each block
+    return text, config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
+
+
 @dataclass(frozen=True)
 class Rows:
     """R rows: the images' own, side by side, a guided one's negative row first.
@@ -45,9 +52,7 @@ class Rows:
     ) -> Rows:
         """Random rows of h x w latents for a UNet of this configuration; the same every time."""
         generator = torch.Generator("cpu").manual_seed(0)
-        pooled = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-        text = config.cross_attention_dim
-        text = text if isinstance(text, int) else text[0]  # diffusers takes a list, one for each block
+        text, pooled = text_widths(config, time_ids)
         device, dtype = compute.device, compute.dtype
 
         def drawn(*shape: int) -> torch.Tensor:
