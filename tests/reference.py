@@ -94,6 +94,11 @@ class Reference:
     def _native(self) -> dict[Any, Any]:
         return {pipeline: pipeline.scheduler for pipeline in (self.base, self.refiner)}
 
+    @property
+    def native_config(self) -> Any:
+        """Of the base's own scheduler, whichever drew last."""
+        return self._native[self.base].config
+
     @staticmethod
     def _quiet(pipeline: Any) -> Any:
         pipeline.set_progress_bar_config(disable=True)

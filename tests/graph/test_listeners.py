@@ -25,6 +25,8 @@ _OTHERS = (
 )
 _REFUSED = grpc.StatusCode.UNAUTHENTICATED
 
+JOB_API_PORT = 52365  # Ray's own, of the dashboard agent
+
 
 def call(address: str, method: str, token: str | None = None) -> grpc.StatusCode:
     """The status of a call with an empty message."""
@@ -89,7 +91,9 @@ def test_the_job_api_wants_the_token_even_here(listeners: list[Listener]) -> Non
             answers.append(answer.status_code)
         except httpx.RemoteProtocolError:
             pass  # gRPC
-    assert 401 in answers and not any(status < 400 for status in answers)
+    assert answers and not any(status < 400 for status in answers)
+    # Of several Rays on a machine only one has the agent's fixed port.
+    assert 401 in answers or not any(one.port == JOB_API_PORT for one in agents)
 
 
 def test_nothing_answers_at_the_outside_address(listeners: list[Listener]) -> None:

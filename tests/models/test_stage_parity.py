@@ -140,7 +140,7 @@ def test_finished_latents_with_noise_upon_them_go_on_as_image_to_image(
     ours = denoise(stages.base, task, random.Random(0))
 
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pipe(reference.base, add_watermarker=False)
-    native = reference.base.scheduler.config
+    native = reference.native_config
     pipeline.scheduler = SCHEDULERS[scheduler or "euler"](native)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
