@@ -5,7 +5,7 @@
         result.images[0].to_pil()
 
 Pictures always travel as a stream: the service keeps it alive while they wait, so `timeout_s` bounds a silence
-and not a drawing. Needs neither torch nor Ray. What the two clients share is in `client_wire.py`.
+and not a drawing. Needs neither torch nor Ray. What the two clients share is in `client/wire.py`.
 """
 
 from __future__ import annotations

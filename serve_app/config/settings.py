@@ -30,7 +30,8 @@ DEPLOYMENTS = (*DEPLOYMENT_OF.values(), "Ingress")
 
 _LABEL = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?"
 _HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*", re.ASCII)
-_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://({_LABEL}(\.{_LABEL})*|\[[0-9a-f:.]+\])(:[0-9]{{1,5}})?", re.ASCII)
+_ORIGIN = re.compile(rf"[a-z][a-z0-9+.-]*://({_LABEL}(\.{_LABEL})*|\[[0-9a-f:.]+\])(:[1-9][0-9]{{0,4}})?", re.ASCII)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 # The keys of `args` that say how a deployment computes.
 COMPUTE_OF = {
     "text_encoder": "TextEncoder",
@@ -179,6 +180,11 @@ class HttpConfig(_Strict):
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin such as https://app.example.com, without a path")
+            scheme, port = origin.partition(":")[0], re.search(r":([0-9]+)$", origin)
+            if port and port[1] == _DEFAULT_PORTS.get(scheme):
+                raise ValueError(f"{origin!r}: browsers write it without {scheme}'s own port: drop :{port[1]}")
+            if port and int(port[1]) > 65535:
+                raise ValueError(f"{origin!r} has no port: they end at 65535")
         return origins
 
 

@@ -15,8 +15,17 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from serve_app.pictures.text import json_text
-from serve_app.request.errors import BodyTimeout, BodyTooLarge, InternalError, ServiceError
+from serve_app.request.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    InternalError,
+    RequestTimeout,
+    ServiceError,
+    UnexpectedBody,
+)
 from serve_app.request.schema import ImageResult
+from serve_app.runtime.admission import Bodies
+from serve_app.runtime.service import ImageService
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,6 +34,8 @@ Envelope = Callable[[ServiceError], dict[str, Any]]
 
 # In the ASGI scope of a GET that came as HEAD: its answer's body goes nowhere.
 HEAD_ONLY = "serve_app.head_only"
+# In the ASGI scope of a request whose body a route reads: how many bytes it takes.
+MAX_BYTES = "serve_app.max_bytes"
 # Bytes. Proxies in front hold all headers of an answer in 4 or 8 KB.
 _MAX_WARNING, _MAX_WARNINGS_HEADER = 250, 990
 # The largest body that is decoded on the event loop; there a worse one of this size takes some milliseconds.
@@ -68,34 +79,47 @@ def _json(content: Any) -> bytes:
     return bytes(written)
 
 
-async def decoded(body: bytes, decode: Callable[[bytes], T]) -> T:
+async def _decoded(body: bytes, decode: Callable[[bytes], T]) -> T:
     """What `decode` makes of a body: in a thread where it is large, so that the event loop goes on meanwhile."""
     if len(body) <= _INLINE_BYTES:
         return decode(body)
     return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, body)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, decompressed. Raises `BodyTooLarge` as soon as it is known to be larger."""
+async def read_request(request: Request, service: ImageService, max_bytes: int, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the body of a request for pictures. Raises what `read_body` does, and `Draining`."""
+    service.admission.check_open()  # before megabytes are read for nothing
+    return await read_body(request, service.bodies, max_bytes, decode)
+
+
+async def read_body(request: Request, bodies: Bodies, max_bytes: int, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the whole body, decompressed.
+
+    Raises `BodyTooLarge` as soon as it is known to be larger, `Overloaded` where too much is being read at once, and
+    what `decode` raises.
+    """
+    request.scope[MAX_BYTES] = max_bytes
     too_large = BodyTooLarge(f"the body is larger than {max_bytes} bytes")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > max_bytes):
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
+    with bodies.reading() as arrived:
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > max_bytes:
+                raise too_large
+            arrived(len(chunk))
+            body += chunk
+        return await _decoded(bytes(body), decode)
 
 
 def error_response(error: ServiceError, envelope: Envelope, headers: Any = None) -> JSONResponse:
     response = JSONResponse(envelope(error), status_code=error.status, headers=dict(headers or {}))
-    if isinstance(error, BodyTimeout):
+    if isinstance(error, BodyTimeout | UnexpectedBody):
         response.headers["Connection"] = "close"  # the rest of the body may still come, and is no request
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    elif error.status >= 500:
+    elif error.status >= 500 or isinstance(error, RequestTimeout):
         response.headers["x-should-retry"] = "false"  # OpenAI's client would try again in vain
     return response
 

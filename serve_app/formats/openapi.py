@@ -14,6 +14,7 @@ _MEANINGS = {
     408: "The body did not arrive in time, or no answer was there in the time that the request has",
     413: "The body is too large",
     415: "The Content-Type is not application/json, or the Content-Encoding not gzip",
+    431: "The address and the headers are too long",
     500: "A fault of the service, or a picture that is not finite; sending it again does not help",
     503: "The service is full or ends, or a stage is being replaced: Retry-After says when to come back",
 }
@@ -66,5 +67,5 @@ def errors(envelope: Schema, *statuses: int) -> dict[str, Any]:
 
 PICTURE_ERRORS = (400, 413, 500, 503)
 # The guard's and the router's, of every route; those of a route that reads a body.
-COMMON_ERRORS, BODY_ERRORS = (400, 403, 408, 500), (413, 415)
+COMMON_ERRORS, BODY_ERRORS = (400, 403, 408, 431, 500), (413, 415)
 BINARY: Schema = {"type": "string", "format": "binary"}

@@ -21,7 +21,7 @@ from serve_app.formats.stability import routes as stability
 from serve_app.http.conventions import Conventions
 from serve_app.http.documents import add_docs
 from serve_app.http.envelopes import envelope_of, error_answer
-from serve_app.http.guard import Cors, OriginGuard, RequestGuard
+from serve_app.http.guard import Cors, OriginGuard, Preflights, RequestGuard
 from serve_app.http.head import BoundedHead
 from serve_app.http.info import ServiceInfo, service_info
 from serve_app.http.page import add_page
@@ -73,14 +73,14 @@ def build_http_app(service: ImageService, missing: Missing = _none_missing) -> F
     add_docs(app)
     _add_errors(app)
     # From the inside to the outside.
-    app.add_middleware(
-        RequestGuard, config=config.http, max_body_bytes=config.limits.max_body_bytes, routes=lambda: app.routes
-    )
+    app.add_middleware(RequestGuard, config=config.http, limits=config.limits, routes=lambda: app.routes)
     if config.http.cors_origins:
-        app.add_middleware(Cors, config=config.http)
+        app.add_middleware(Preflights, config=config.http)
     app.add_middleware(OriginGuard, config=config.http)
     app.add_middleware(BoundedHead)
     app.add_middleware(Conventions)
+    if config.http.cors_origins:
+        app.add_middleware(Cors, config=config.http)
     return app
 
 

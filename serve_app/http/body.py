@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Callable
 
 from starlette.types import Message, Receive
 
@@ -12,6 +13,8 @@ from serve_app.request.errors import BodyTimeout, BodyTooLarge, InvalidRequest, 
 # What one message gives a route at most, however well it was compressed: then the route counts again.
 _PIECE = 64 * 1024
 _GZIP = 16 + zlib.MAX_WBITS
+# A client compresses a body in one piece; each further one costs as much as a long piece, be it empty.
+MAX_MEMBERS = 16
 _NAMES = {"gzip": True, "x-gzip": True, "identity": False, "": False}
 
 
@@ -48,15 +51,17 @@ def in_time(receive: Receive, seconds: float) -> Receive:
     return receive_in_time
 
 
-def decompressed(receive: Receive, max_compressed_bytes: int) -> Receive:
-    """A gzip body's messages, decompressed a piece at a time.
+def decompressed(receive: Receive, max_compressed_bytes: Callable[[], int]) -> Receive:
+    """A gzip body's messages, decompressed a piece at a time; between two pieces others have the event loop.
 
+    `max_compressed_bytes` is asked as the bytes come: the route that reads them knows.
     Raises `BodyTooLarge` where it has more bytes compressed than it may have at all, and `InvalidRequest` where it is
-    no gzip, or not all of it.
+    no gzip, not all of it, or in more than `MAX_MEMBERS` members.
     """
     decompressor = zlib.decompressobj(_GZIP)
     waiting = b""  # compressed bytes that came and were not read yet
     received = 0
+    members = 1
     arriving = True  # until the last compressed byte
     begun = done = False
 
@@ -69,18 +74,22 @@ def decompressed(receive: Receive, max_compressed_bytes: int) -> Receive:
         waiting += message.get("body", b"")
         received += len(message.get("body", b""))
         arriving = message.get("more_body", False)
-        if received > max_compressed_bytes:
-            raise BodyTooLarge(f"the body is larger than {max_compressed_bytes} bytes")
+        if received > (most := max_compressed_bytes()):
+            raise BodyTooLarge(f"the body is larger than {most} bytes")
         return None
 
     async def receive_decompressed() -> Message:
-        nonlocal decompressor, waiting, begun, done
+        nonlocal decompressor, waiting, members, begun, done
         if done:
             return await receive()
         while True:
+            await asyncio.sleep(0)  # others may want the loop meanwhile
             if decompressor.eof:  # a file may have several members, one after the other
                 waiting = decompressor.unused_data + waiting
                 if waiting:
+                    members += 1
+                    if members > MAX_MEMBERS:
+                        raise InvalidRequest(f"the body has more than {MAX_MEMBERS} gzip members")
                     decompressor = zlib.decompressobj(_GZIP)
                 elif not arriving:
                     done = True
@@ -101,7 +110,6 @@ def decompressed(receive: Receive, max_compressed_bytes: int) -> Receive:
                 raise InvalidRequest("the body is not valid gzip") from None
             waiting = b"" if decompressor.eof else decompressor.unconsumed_tail
             if piece:
-                await asyncio.sleep(0)  # others may want the loop meanwhile
                 return {"type": "http.request", "body": piece, "more_body": True}
 
     return receive_decompressed

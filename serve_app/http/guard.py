@@ -21,9 +21,18 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config.settings import HttpConfig
+from serve_app.formats.answers import MAX_BYTES
 from serve_app.http.body import decompressed, in_time, is_compressed
 from serve_app.http.envelopes import error_answer, path_of
-from serve_app.request.errors import Forbidden, InvalidRequest, RequestTimeout, ServiceError, UnsupportedMediaType
+from serve_app.request.errors import (
+    Forbidden,
+    InvalidRequest,
+    RequestTimeout,
+    ServiceError,
+    UnexpectedBody,
+    UnsupportedMediaType,
+)
+from serve_app.request.limits import Limits
 
 # Pages for people: a link on any site may lead to them. They draw nothing by themselves.
 PAGES = ("/", "/docs")
@@ -136,7 +145,10 @@ def _is_address(host: str) -> bool:
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, for the pages in `cors_origins`; what it refuses is refused in an envelope."""
+    """Starlette's, for the pages in `cors_origins`: they can read every answer, errors of all layers among them.
+
+    It is the outermost layer. A preflight is answered further in, by `Preflights`.
+    """
 
     def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
         super().__init__(
@@ -148,11 +160,33 @@ class Cors(CORSMiddleware):
             expose_headers=EXPOSED_HEADERS,
         )
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if "origin" in headers and not _is_preflight(scope, headers):
+            await self.simple_response(scope, receive, send, request_headers=headers)
+        else:
+            await self.app(scope, receive, send)
+
+
+class Preflights(Cors):
+    """Answers the preflights of the pages in `cors_origins`; what it refuses is refused in an envelope."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        if "origin" in headers and _is_preflight(scope, headers):
+            await self.preflight_response(headers)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
         if response.status_code != 200:
             raise InvalidRequest(bytes(response.body).decode())
         return response
+
+
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers
 
 
 class RequestGuard:
@@ -162,11 +196,11 @@ class RequestGuard:
     """
 
     def __init__(
-        self, app: ASGIApp, config: HttpConfig, max_body_bytes: int, routes: Callable[[], Sequence[BaseRoute]]
+        self, app: ASGIApp, config: HttpConfig, limits: Limits, routes: Callable[[], Sequence[BaseRoute]]
     ) -> None:
         self._app = app
         self._config = config
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,11 +210,16 @@ class RequestGuard:
         headers = Headers(scope=scope)
         try:
             seconds = request_seconds(headers, self._config.request_timeout_s)
+            types = body_types(self._routes(), scope)
+            if types == ():
+                check_no_body(scope, headers, self._limits.max_text_body_bytes)
             if scope["method"] == "POST":
-                check_content_type(headers, body_types(self._routes(), scope))
+                check_content_type(headers, types)
                 receive = in_time(receive, self._config.body_timeout_s)
                 if is_compressed(headers.get("content-encoding", "")):
-                    scope, receive = _as_plain(scope), decompressed(receive, self._max_body_bytes)
+                    scope = plain = _as_plain(scope)
+                    # Set by the route that reads the body: it has a limit of its own.
+                    receive = decompressed(receive, lambda: plain[MAX_BYTES])
         except ServiceError as error:
             await error_answer(scope, error)(scope, receive, send)
             return
@@ -226,6 +265,19 @@ def request_seconds(headers: Headers, most: float) -> float:
     return seconds
 
 
+def check_no_body(scope: Scope, headers: Headers, most: int) -> None:
+    """Raises `UnexpectedBody` where a route that takes no body is sent one.
+
+    Nobody would read it, and Ray would hold what arrives of it until the answer. With a POST some clients send `{}`.
+    """
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" not in headers and (
+        length == "0" or (scope["method"] == "POST" and length.isdecimal() and len(length) < 10 and int(length) <= most)
+    ):
+        return
+    raise UnexpectedBody(f"{scope['method']} {path_of(scope)[:100]} takes no body")
+
+
 def check_content_type(headers: Headers, types: Sequence[str] | None) -> None:
     """Raises `UnsupportedMediaType` where a POST's body is of no type that its route takes.
 
@@ -235,8 +287,7 @@ def check_content_type(headers: Headers, types: Sequence[str] | None) -> None:
         return
     given = headers.get("content-type", "").partition(";")[0].strip().lower()
     if not types:
-        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        if given == "application/json" or (not given and not has_body):
+        if given == "application/json" or (not given and headers.get("content-length", "0") == "0"):
             return
         types = ("application/json",)
     if given not in types:

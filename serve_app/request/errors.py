@@ -84,6 +84,12 @@ class NotAcceptable(InvalidRequest):
     code = "not_acceptable"
 
 
+class UnexpectedBody(InvalidRequest):
+    """The request has a body, and its route takes none."""
+
+    code = "unexpected_body"
+
+
 class BodyTimeout(InvalidRequest):
     """The body did not arrive in time."""
 

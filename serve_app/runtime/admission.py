@@ -12,6 +12,7 @@ from serve_app.request.errors import Draining, InvalidRequest, Overloaded
 _WINDOW_S = 60.0
 _UNKNOWN_RATE_RETRY_S = 5.0
 _DRAINING_RETRY_S = 5.0  # until another replica or service is there
+_READING_RETRY_S = 1.0
 
 
 class Admission:
@@ -36,6 +37,11 @@ class Admission:
         """Takes in nothing any more. What is in flight goes on."""
         self.draining = True
 
+    def check_open(self) -> None:
+        """Raises `Draining` where nothing new is taken in."""
+        if self.draining:
+            raise Draining("the service is shutting down; send the request again", retry_after_s=_DRAINING_RETRY_S)
+
     @contextmanager
     def hold(self, images: int, cost: float | None = None) -> Iterator[None]:
         """Takes in that many images until the block ends, or raises `Overloaded` with the seconds to wait."""
@@ -54,8 +60,7 @@ class Admission:
             raise InvalidRequest(
                 f"n: {images} images in one request, this service takes at most {self.max_images}", param="n"
             )
-        if self.draining:
-            raise Draining("the service is shutting down; send the request again", retry_after_s=_DRAINING_RETRY_S)
+        self.check_open()
         if self.in_flight + images > self.max_images:
             wait = self.retry_after_s(images)
             raise Overloaded(
@@ -98,3 +103,34 @@ class Admission:
     def _forget(self, now: float) -> None:
         while self._left and now - self._left[0][0] > _WINDOW_S:
             self._left.popleft()
+
+
+class Bodies:
+    """Counts the bytes of bodies that are being read and decoded, against a limit: images are counted only after."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[int], None]]:
+        """Holds the bytes of one body until the block ends. It calls what this gives with those that arrive.
+
+        That raises `Overloaded` where they are too many.
+        """
+        held = 0
+
+        def arrived(count: int) -> None:
+            nonlocal held
+            if self.bytes + count > self.max_bytes:
+                raise Overloaded(
+                    f"the service is full: bodies of {self.bytes} bytes are being read, at most {self.max_bytes} are",
+                    retry_after_s=_READING_RETRY_S,
+                )
+            self.bytes += count
+            held += count
+
+        try:
+            yield arrived
+        finally:
+            self.bytes -= held

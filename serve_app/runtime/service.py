@@ -30,7 +30,7 @@ from serve_app.request.schema import (
     Progress,
     StreamEvent,
 )
-from serve_app.runtime.admission import Admission
+from serve_app.runtime.admission import Admission, Bodies
 from serve_app.runtime.cost import cost_of
 from serve_app.runtime.events import Event, EventStream
 from serve_app.runtime.pipeline import LatentPreview, Listener, Stages, draw
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from serve_app.pictures.arrays import Bytes, Floats
 
 _ROWS_AT_ONCE = 32
+# Of all bodies that are being read and decoded at once; one of the largest always fits.
+_MAX_BYTES_READ = 64 * 2**20
 
 
 class ImageService:
@@ -53,6 +55,8 @@ class ImageService:
         self.facts = facts
         self._stages = stages
         self.admission = Admission(config.limits.max_images_in_flight, time.monotonic)
+        limits = config.limits
+        self.bodies = Bodies(max(_MAX_BYTES_READ, limits.max_body_bytes, limits.max_text_body_bytes))
         self._quarantine = Quarantine(time.monotonic)
 
     @property

@@ -151,6 +151,17 @@ def test_the_answer_is_the_pictures_bytes_and_its_headers_are_ascii() -> None:
     assert len({value.split(";")[0] for value in values[1:]}) == 3  # the client shows a topic once
 
 
+@pytest.mark.parametrize("line", ["\U0001f98a" * 100, "n" * 300, "\u00e9" * 40], ids=["emoji", "letters", "short"])
+def test_warnings_have_room_in_a_proxys_buffer(line: str) -> None:
+    given = [f"{number} {line}" for number in range(21)]
+    result = ImageResult([GeneratedImage(b"file", 5, "png", 64, 64)], warnings=given[11:])
+    headers = hugging_face.encode(result, tuple(given[:11])).headers
+    said = [value.split("; ", 1)[1] for key, value in headers if key == "X-HF-Warning"]
+    assert sum(len(f"{key}: {value}\r\n") for key, value in headers) < 1_200
+    assert said[-1] == f"... and {21 - (len(said) - 1)} more" and len(said) > 2
+    assert all(value.isascii() and value.isprintable() for value in said)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(InvalidRequest("prompt: is empty", param="prompt"), 400), (Overloaded("full"), 503)]
 )

@@ -103,6 +103,18 @@ def test_a_body_that_does_not_arrive_is_given_up_and_its_connection_closed(graph
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the body did not arrive within 3 s"
 
 
+def test_a_body_where_none_is_read_is_refused_and_its_connection_closed(graph: Running) -> None:
+    place = urlsplit(graph.url or "")
+    with socket.create_connection((place.hostname, place.port), timeout=60) as client:
+        head = f"GET {IMAGINE} HTTP/1.1\r\nHost: {place.netloc}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(f"{head}4\r\nmore\r\n".encode())  # and it goes on
+        answer = b""
+        while chunk := client.recv(65536):  # until it is closed
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "GET /imagine takes no body"
+
+
 async def test_it_is_ready_when_every_stage_is(http: httpx.Client, graph: Running) -> None:
     def until(status: int) -> httpx.Response:
         deadline = time.monotonic() + 120

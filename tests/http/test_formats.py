@@ -291,6 +291,30 @@ async def test_two_txt2img_of_one_name_are_not_under_way_at_once() -> None:
         assert (await client.post(TXT2IMG, json=body)).status_code == 200, "the name is free again"
 
 
+async def test_what_was_refused_is_not_completed() -> None:
+    fake = FakeStages()
+    images = service(fake, max_images_in_flight=1)
+    async with a_client(images) as client, asyncio.timeout(20):
+
+        async def completed(task_id: str) -> bool:
+            told = await client.post("/internal/progress", json={"id_task": task_id})
+            ended = await client.post("/sdapi/v1/interrupt", params={"id_task": task_id})
+            assert (ended.status_code == 200) is told.json()["completed"]
+            return bool(told.json()["completed"])
+
+        async def asked(task_id: str, **fields: object) -> int:
+            body = BODIES[TXT2IMG] | {"force_task_id": task_id} | fields
+            return (await client.post(TXT2IMG, json=body)).status_code
+
+        assert await asked("large", width=4096, height=4096) == 400 and not await completed("large")
+        with images.admission.hold(1):
+            assert await asked("full") == 503 and not await completed("full")
+        fake.fail["denoise"] = RuntimeError("broken")
+        assert await asked("broken") == 500 and not await completed("broken")
+        fake.fail.clear()
+        assert await asked("broken") == 200 and await completed("broken")
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

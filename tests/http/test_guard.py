@@ -227,6 +227,14 @@ async def test_a_page_that_may_has_a_working_preflight_and_reads_the_answer() ->
             refused = await client.post(GENERATIONS, content=content, headers=page | {"Content-Type": content_type})
             assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (status, APP)
         assert (await client.get("/nothing", headers=page)).headers["access-control-allow-origin"] == APP
+        for path, headers, status in (
+            ("/health", {"X-Request-Id": "x" * 257}, 400),
+            ("/health", {"Cookie": "x" * 70_000}, 431),
+            ("/health", {"Host": "evil.example"}, 403),
+        ):
+            refused = await client.get(path, headers=page | headers)
+            assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (status, APP)
+            assert refused.headers["vary"] == "Origin"
         local = await client.options("/imagine", headers=asks | {"Access-Control-Request-Private-Network": "true"})
         assert local.headers["access-control-allow-private-network"] == "true"
 
@@ -245,6 +253,20 @@ async def test_nobody_else_has() -> None:
             GENERATIONS, headers=asks | {"Origin": APP, "Access-Control-Request-Method": "PUT"}
         )
         assert answer.status_code == 400 and line(GENERATIONS, answer) == "Disallowed CORS method"
+        assert fake.calls == []
+
+
+async def test_a_page_that_may_reads_a_fault_of_ours() -> None:
+    app = build_http_app(service(FakeStages(), http=HttpConfig(cors_origins=(APP,))))
+
+    @app.get("/fault")
+    async def fails() -> None:
+        raise RuntimeError("secret")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=HOME) as client:
+        answer = await client.get("/fault", headers={"Origin": APP})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (500, APP)
+    assert answer.headers.get_list("vary") == ["Origin"]
 
 
 async def test_any_page_may_where_the_operator_says_so() -> None:
@@ -268,7 +290,7 @@ async def test_a_rebound_name_does_not_come_in_as_an_allowed_origin() -> None:
         ("allowed_hosts", ""), ("allowed_hosts", "A.example"), ("allowed_hosts", "*."), ("allowed_hosts", "a..b"),
         ("cors_origins", "app.example.com"), ("cors_origins", "https://app.example.com/"), ("cors_origins", "null"),
         ("cors_origins", "https://App.example.com"), ("cors_origins", "https://*.example.com"),
-        ("cors_origins", "https://app.example.com:"),
+        ("cors_origins", "https://app.example.com:"), ("cors_origins", "https://app.example.com:08443"),
     ],
 )  # fmt: skip
 def test_a_setting_that_could_never_match_is_an_error(key: str, value: str) -> None:
@@ -276,7 +298,27 @@ def test_a_setting_that_could_never_match_is_an_error(key: str, value: str) -> N
         parse_config({"http": {key: [value]}})
 
 
-@pytest.mark.parametrize("origin", ["https://app.example.com", "http://localhost:3000", "http://[::1]:3000",
-                                    "http://192.168.1.9", "chrome-extension://abcdef"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("origin", "reason"),
+    [
+        ("https://app.example.com:443", "without https's own port: drop :443"),
+        ("http://x:80", "without http's own port: drop :80"),
+        ("http://[::1]:80", "without http's own port: drop :80"),
+        ("https://app.example.com:65536", "has no port"),
+    ],
+)
+def test_an_origin_with_a_port_that_browsers_leave_out_is_an_error(origin: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(reason)):
+        parse_config({"http": {"cors_origins": [origin]}})
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://app.example.com", "http://localhost:3000", "http://[::1]:3000", "http://192.168.1.9",
+        "chrome-extension://abcdef", "http://[2001:db8::80]", "https://[2001:db8::443]", "http://x:443", "https://x:80",
+        "https://x:65535",
+    ],
+)  # fmt: skip
 def test_an_origin_as_browsers_write_it_is_taken(origin: str) -> None:
     assert parse_config({"http": {"cors_origins": [origin]}}).http.cors_origins == (origin,)

@@ -67,3 +67,4 @@ def test_every_answer_is_described(document: dict[str, Any]) -> None:
                 schema = operation["requestBody"]["content"]["application/json"]["schema"]
                 assert schema.get("example") or schema.get("examples"), f"{where} has no example"
                 assert {"400", "413", "500", "503"} <= set(operation["responses"]), where
+            assert {"400", "403", "408", "431", "500"} <= set(operation["responses"]), where

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from serve_app.formats.answers import answered, decoded, json_response, read_body, with_headers, with_warnings
+from serve_app.formats.answers import answered, json_response, read_body, read_request, with_headers, with_warnings
 from serve_app.formats.automatic1111 import status as automatic1111_status
 from serve_app.formats.automatic1111 import wire as automatic1111
 from serve_app.formats.automatic1111.tasks import Bodies, Body
@@ -47,10 +47,11 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/sdapi/v1/txt2img", tags=[_TAG], summary="Draw pictures", openapi_extra=_TXT2IMG)
     async def txt2img(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content = await read_body(request, limits.max_text_body_bytes)
             most, seed = limits.max_images_in_flight, secrets.randbits(32)
-            asked = await decoded(
-                content,
+            asked = await read_request(
+                request,
+                service,
+                limits.max_text_body_bytes,
                 lambda body: automatic1111.decode(body, names, most, seed, facts),
             )
             results = await drawn(Body.of(asked.requests, asked.task_id), request_id)
@@ -70,8 +71,9 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/internal/progress", tags=[_TAG], summary="How far a task is", openapi_extra=_TASK_PROGRESS)
     async def task_progress(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content = await read_body(request, limits.max_text_body_bytes)
-            asked, warnings = await decoded(content, automatic1111_status.decode_progress)
+            asked, warnings = await read_body(
+                request, service.bodies, limits.max_text_body_bytes, automatic1111_status.decode_progress
+            )
             body = bodies.find(asked.id_task or None)
             if body is None:
                 known = automatic1111_status.encode_task_progress(None, bodies.is_finished(asked.id_task))

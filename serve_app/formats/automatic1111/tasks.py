@@ -80,15 +80,20 @@ class Bodies:
 
     @contextmanager
     def under_way(self, body: Body) -> Iterator[None]:
-        """Has a body among them until the block ends. Raises `InvalidRequest` where another has its task id."""
+        """Has a body among them until the block ends; where that raises, it is not finished.
+
+        Raises `InvalidRequest` where another has its task id.
+        """
         if body.task_id is not None and self._named(body.task_id) is not None:
             raise InvalidRequest("force_task_id: another txt2img of this id is under way", param="force_task_id")
         self._under_way.append(body)
+        ended = False
         try:
             yield
+            ended = True
         finally:
             self._under_way.remove(body)
-            if body.task_id is not None:
+            if body.task_id is not None and (ended or body.tracker.interrupted):
                 self._finished.append(body.task_id)
 
     def find(self, task_id: str | None) -> Body | None:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from serve_app.formats.answers import answered, decoded, json_response, read_body, with_headers
+from serve_app.formats.answers import answered, json_response, read_request, with_headers
 from serve_app.formats.azure_ml import swagger as azure_swagger
 from serve_app.formats.azure_ml import wire as azure_ml
 from serve_app.formats.openapi import PICTURE_ERRORS, answer, errors, json_body, or_null
@@ -24,9 +24,10 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/score", tags=["Azure ML"], summary="Score rows of prompts", openapi_extra=_SCORE)
     async def score(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content = await read_body(request, limits.max_body_bytes)
             media_type, most = request.headers.get("content-type"), limits.max_images_in_flight
-            asked = await decoded(content, lambda body: azure_ml.decode(body, media_type, most))
+            asked = await read_request(
+                request, service, limits.max_body_bytes, lambda body: azure_ml.decode(body, media_type, most)
+            )
             results = await service.generate_all(asked.requests, request_id)
             rows = await json_response(lambda: azure_ml.encode(list(zip(asked.requests, results, strict=True))))
             return with_headers(rows, results, asked.warnings)

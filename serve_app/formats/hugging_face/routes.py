@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve_app.formats.answers import answered, decoded, read_body, with_headers
+from serve_app.formats.answers import answered, read_request, with_headers
 from serve_app.formats.hugging_face import wire as hugging_face
 from serve_app.formats.openapi import BINARY, PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.pictures.files import MEDIA_TYPES
@@ -28,8 +28,8 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     )
     async def text_to_image(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content, accept = await read_body(request, limits.max_text_body_bytes), request.headers.get("accept")
-            asked = await decoded(content, lambda body: hugging_face.decode(body, accept))
+            most, accept = limits.max_text_body_bytes, request.headers.get("accept")
+            asked = await read_request(request, service, most, lambda body: hugging_face.decode(body, accept))
             result = await service.generate(asked.request, request_id)
             picture = hugging_face.encode(result, asked.warnings)
             response = Response(picture.data, media_type=picture.media_type, headers={"Vary": "Accept"})

@@ -45,6 +45,8 @@ OPTIONS: dict[str, str] = {
 HEADERS: dict[str, str] = {"Accept": "Decides the file format: image/png, image/jpeg or image/webp."}
 
 _WORDS = {"prompt": "inputs"}
+# Bytes. Proxies in front hold all headers of an answer in 4 or 8 KB.
+_WARNING, _MAX_WARNING, _MAX_WARNINGS = "X-HF-Warning", 250, 1_000
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ def decode(body: bytes, accept: str | None) -> Decoded:
 
 
 def encode(result: ImageResult, warnings: tuple[str, ...] = ()) -> Answer:
-    """The picture, with its seed and what to warn of in headers: huggingface_hub logs each `X-HF-Warning`."""
+    """The picture, with its seed and what to warn of in headers: huggingface_hub logs each `X-HF-Warning`.
+
+    As many of those as there is room for, long ones cut.
+    """
     picture = result.images[0]
     lines = dict.fromkeys([*warnings, *result.warnings])
-    headers = [("X-SDXL-Seed", str(picture.seed)), *(("X-HF-Warning", _topic(line)) for line in lines)]
+    headers = [("X-SDXL-Seed", str(picture.seed)), *((_WARNING, _topic(line)) for line in _within(list(lines)))]
     return Answer(picture.data, MEDIA_TYPES[picture.output_format], tuple(headers))
 
 
@@ -158,14 +163,30 @@ def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _topic(line: str) -> str:
     """A warning as that client reads it, "topic; message". It shows a topic once: each line is its own."""
-    text = "".join(_ascii(line[:300]))
-    return f"{zlib.crc32(text.encode()):08x}; {text}"
+    return f"{zlib.crc32(line.encode()):08x}; {line}"
 
 
-def _ascii(text: str) -> Iterator[str]:
-    """Header text: printable ASCII, the rest escaped."""
+def _within(lines: list[str]) -> Iterator[str]:
+    """Header texts of the lines that there is room for, and how many more there are."""
+    left = _MAX_WARNINGS
+    for number, line in enumerate(lines):
+        text = _ascii(line)
+        left -= len(f"{_WARNING}: {_topic(text)}\r\n")
+        if left < 0:
+            yield f"... and {len(lines) - number} more"
+            return
+        yield text
+
+
+def _ascii(text: str) -> str:
+    """Header text: printable ASCII, the rest escaped; cut where it is long."""
+    written = ""
     for character in text:
-        yield character if " " <= character <= "~" else character.encode("unicode_escape").decode("ascii")
+        escaped = character if " " <= character <= "~" else character.encode("unicode_escape").decode("ascii")
+        if len(written) + len(escaped) > _MAX_WARNING:
+            return f"{written} ..."
+        written += escaped
+    return written
 
 
 ERROR_SCHEMA: dict[str, Any] = {

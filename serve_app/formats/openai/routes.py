@@ -15,9 +15,8 @@ from serve_app.formats import sse
 from serve_app.formats.answers import (
     answered,
     as_service_error,
-    decoded,
     json_response,
-    read_body,
+    read_request,
     with_headers,
     with_warnings,
 )
@@ -35,8 +34,8 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/v1/images/generations", tags=["OpenAI"], summary="Draw pictures", openapi_extra=_GENERATIONS)
     async def generations(request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content = await read_body(request, limits.max_text_body_bytes)
-            asked = await decoded(content, lambda body: openai.decode(body, names))
+            most = limits.max_text_body_bytes
+            asked = await read_request(request, service, most, lambda body: openai.decode(body, names))
             if asked.stream:
                 return await _streamed(service, asked, request_id)
             result = await service.generate(asked.request, request_id)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from serve_app.formats.answers import Envelope, answered, decoded, json_response, read_body, with_headers
+from serve_app.formats.answers import Envelope, answered, json_response, read_request, with_headers
 from serve_app.formats.openapi import BINARY, PICTURE_ERRORS, answer, errors, json_body, or_null
 from serve_app.formats.stability import wire as stability
 from serve_app.runtime.service import ImageService
@@ -27,8 +27,10 @@ def add_routes(app: FastAPI, service: ImageService) -> None:
     )
     async def text_to_image(engine: str, request: Request) -> Response:
         async def draw(request_id: str) -> Response:
-            content, accept = await read_body(request, limits.max_text_body_bytes), request.headers.get("accept")
-            asked = await decoded(content, lambda body: stability.decode(body, engine, accept, names))
+            most, accept = limits.max_text_body_bytes, request.headers.get("accept")
+            asked = await read_request(
+                request, service, most, lambda body: stability.decode(body, engine, accept, names)
+            )
             result = await service.generate(asked.request, request_id)
             if asked.media_type == "application/json":
                 response = await json_response(lambda: stability.encode(result, asked.warnings))
