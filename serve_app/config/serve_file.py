@@ -87,7 +87,7 @@ def check_serve_config(content: Any) -> ServeConfig:
     deployments = application.get("deployments") or []
     _check_deployments(deployments, app)
     return ServeConfig(
-        app=app.listening_on(http_options.get("host")),
+        app=app,
         deployments={options["name"]: dict(options) for options in deployments},
         http_options=http_options,
         proxy_location=str(content.get("proxy_location") or "EveryNode"),
@@ -107,7 +107,7 @@ def check_serve_config(content: Any) -> ServeConfig:
 
 
 def _check_request_timeout(http_options: dict[str, Any], app: AppConfig) -> None:
-    """What clients may ask for must be what Ray's proxy gives; a replica can't read the proxy's options."""
+    """What clients may ask for must be what Ray's proxy gives: of two, the ingress would take the smaller."""
     given = http_options.get("request_timeout_s")
     if given is not None and given != app.http.request_timeout_s:
         raise ConfigurationError(

@@ -146,10 +146,11 @@ class HttpConfig(_Strict):
         "`http_options.host`: `sdxl.example.com`, `*.example.com` for all below it, `*` for any. Others are refused "
         "(403): a web page can make its own name lead here.",
     )
-    loopback: bool = Field(
-        False,
-        description="Nobody but this machine's own users reaches HTTP. Then webui's progress and interrupt need no "
-        "id_task. `sdxl-serve serve` sets it by the address that it binds.",
+    loopback: bool | None = Field(
+        None,
+        description="Nobody but this machine's own users reaches HTTP: then webui's progress and interrupt need no "
+        "id_task. Absent, it holds where Serve's proxies bind a loopback address. `false` is for a gateway on the same "
+        "machine that lets others in; `true` adds nothing to a loopback address and holds at no other.",
     )
     cors_origins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (),
@@ -163,7 +164,7 @@ class HttpConfig(_Strict):
         600.0,
         ge=1.0,
         description="The most that a client's `x-request-timeout-seconds` may ask for. Where `http_options` has "
-        "`request_timeout_s`, the two must be equal.",
+        "`request_timeout_s`, the two must be equal; of a cluster's own HTTP options the smaller one holds.",
     )
 
     @field_validator("allowed_hosts")
@@ -218,10 +219,16 @@ class AppConfig(_Strict):
         """Equal for two configurations that load the same."""
         return self.model_dump_json(include={"base", "refiner", "vae"})
 
-    def listening_on(self, host: str | None) -> AppConfig:
-        """The same where HTTP is bound to this host: a name is among those allowed, and loopback is known as such."""
+    def listening_on(self, host: str | None, request_timeout_s: float | None = None) -> AppConfig:
+        """The same behind an HTTP proxy that binds this host and gives a request so many seconds; None: not known.
+
+        A name is among those allowed. `http.loopback` is true on a loopback address unless it was set to false, and
+        false elsewhere, whatever was set. The smaller `request_timeout_s` holds.
+        """
         name = (host or "").lower()
-        told: dict[str, Any] = {"loopback": _is_loopback(name)}
+        told: dict[str, Any] = {"loopback": _is_loopback(name) and self.http.loopback is not False}
+        if request_timeout_s:  # Serve takes 0 for none
+            told["request_timeout_s"] = min(request_timeout_s, self.http.request_timeout_s)
         if _HOST.fullmatch(name) and not _is_address(name) and name not in self.http.allowed_hosts:
             told["allowed_hosts"] = (*self.http.allowed_hosts, name)
         return self.model_copy(update={"http": self.http.model_copy(update=told)})

@@ -47,8 +47,8 @@ def deployment_options(
     shared: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
         "ray_actor_options": {"num_cpus": 0.1},  # bookkeeping: config files say what a replica really takes
-        # A stopped process is out of the way after three checks that are not answered: sooner than a call that it
-        # holds is made elsewhere (`calls`), which then can't come back to it.
+        # A stopped process is replaced after three checks that are not answered, some 25 s: about when a call that it
+        # holds is made elsewhere (`calls`). One that is sent to it again meanwhile is not taken, and offered anew.
         "health_check_period_s": 2,
         "health_check_timeout_s": 8,
         "graceful_shutdown_timeout_s": 120,  # above the time of a slow image

@@ -35,8 +35,9 @@ def set_for_own_ray() -> str | None:
     too late. Returns a line to be shown where the environment says that Ray shall do without its token.
 
     The token is this process's own, in a file that its user alone may read, and goes with the process; one that the
-    environment names is used instead. It does not lie in ~/.ray, where Ray would write it: that file outlives all
-    instances, every Ray of the user shares it, and a home may be absent or read-only.
+    environment names is used instead, and a file of it that can't be read or is empty is a `ConfigurationError`.
+    It does not lie in ~/.ray, where Ray would write it: that file outlives all instances, every Ray of the user shares
+    it, and a home may be absent or read-only.
     """
     constants = sys.modules.get("ray._private.ray_constants")
     if constants is not None and constants.ENABLE_RAY_CLUSTER:
@@ -56,7 +57,14 @@ def set_for_own_ray() -> str | None:
             f"{AUTH_MODE} is {os.environ[AUTH_MODE]}: whoever reaches this machine's ports can run code in the "
             "replicas; unset it"
         )
-    if TOKEN not in os.environ and TOKEN_PATH not in os.environ:
+    for name in (TOKEN, TOKEN_PATH):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)  # empty, it names none
+    if TOKEN in os.environ:
+        return None
+    if TOKEN_PATH in os.environ:
+        _check_token_file(Path(os.environ[TOKEN_PATH]))
+    else:
         os.environ[TOKEN_PATH] = str(_new_token_file())
     return None
 
@@ -111,6 +119,19 @@ def _check_folder() -> None:
             f"{variable}: {folder}: {os.strerror(errno.ENOSPC)} for Ray's logs and sockets: {free / 2**20:.1f} MB are "
             f"free, {_FREE_MB} MB are needed"
         )
+
+
+def _check_token_file(path: Path) -> None:
+    """A file that went with the process that made it is left in the environment of a shell, say."""
+    fault = "no token is in it"
+    try:
+        if path.read_text(encoding="utf-8").strip():
+            return
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except UnicodeDecodeError:
+        fault = "not text"
+    raise ConfigurationError(f"{TOKEN_PATH}: {path}: {fault}; unset it for a new token")
 
 
 def _new_token_file() -> Path:

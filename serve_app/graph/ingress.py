@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config.settings import AppConfig
 from serve_app.graph.calls import describe, remote_stages
 from serve_app.graph.metrics import CallMetrics
+from serve_app.graph.proxies import http_options
 from serve_app.graph.readiness import Readiness, ask_replica
 from serve_app.graph.replica import check_options
 from serve_app.http.app import build_http_app
@@ -21,6 +23,8 @@ from serve_app.request.facts import ModelFacts
 from serve_app.request.resolve import check_native_size
 from serve_app.request.schema import ImageRequest, ImageResult, StreamEvent
 from serve_app.runtime.service import ImageService
+
+logger = logging.getLogger("ray.serve")
 
 
 @serve.deployment
@@ -48,6 +52,7 @@ class Ingress:
             embedded_demo=config.base.path == "embedded:base",
         )
         check_native_size(facts.base.native_size_px, config.limits)
+        config = await _behind_the_proxies(config)
         self._service = ImageService(config, facts, remote_stages(encoder, base, refiner, decoder, CallMetrics().lost))
         handles = {"encode": encoder, "denoise": base, "refine": refiner, "decode": decoder}
         self._readiness = Readiness(
@@ -62,18 +67,22 @@ class Ingress:
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """Draws a request. Raises a `ServiceError`."""
-        return await self._service.generate(request, any_priority=True)
+        with self._exchanges.one():
+            return await self._service.generate(request, any_priority=True)
 
     async def stream(self, request: ImageRequest, partial_images: int = 0) -> AsyncIterator[StreamEvent]:
         """Draws a request and yields its events on the way; the `ImageResult` comes last.
 
         For `handle.options(stream=True).stream.remote(request)`. `partial_images`: previews of each image, 0 to 3.
         """
-        async for event in self._service.stream(request, partial_images=partial_images, any_priority=True):
-            yield event
+        with self._exchanges.one():
+            async for event in self._service.stream(request, partial_images=partial_images, any_priority=True):
+                yield event
 
     async def drain(self) -> int:
-        """Takes in no new work from now on; returns how much of what was there before is still under way.
+        """Takes in nothing that arrives from now on; returns how much of what was there before is still under way.
+
+        What was there before is over HTTP and by handle whatever has arrived, drawn or not, until its answer is given.
 
         To be called on every replica, again and again until it is 0: `handle.broadcast("drain")`.
         """
@@ -83,3 +92,15 @@ class Ingress:
     async def stats(self) -> dict[str, Any]:
         """Counters of this replica."""
         return {"images_in_flight": self._service.admission.in_flight}
+
+
+async def _behind_the_proxies(config: AppConfig) -> AppConfig:
+    """The configuration with what Serve's proxies really do: here it holds for every way of deploying."""
+    options = await http_options()
+    if options is None:
+        logger.warning("Serve's HTTP options could not be read: http.loopback is taken to be false")
+        return config.listening_on(None)
+    behind = config.listening_on(options.host, options.request_timeout_s)
+    if config.http.loopback and not behind.http.loopback:
+        logger.warning("http.loopback is true, but HTTP is bound to %s: taken to be false", options.host)
+    return behind

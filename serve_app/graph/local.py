@@ -82,7 +82,8 @@ def running(
 
     Starts a Ray instance on this machine, or joins the one at `address`, whose HTTP stays as it is. It never
     attaches to whatever cluster happens to run here, as a bare `ray.init()` would. A Ray of our own listens on
-    loopback and wants its token; `host` is its HTTP's alone. Checks come before anything is started; a deployment
+    loopback and wants its token; `host` is its HTTP's alone, and each replica's gRPC server, which wants the token
+    too, binds every address (docs/security.md). Checks come before anything is started; a deployment
     that fails is one line in a `ConfigurationError`, as soon as it is known.
 
     An application of our name at an `address` is left alone unless `replace` says otherwise, and at the end only the
@@ -99,8 +100,6 @@ def running(
     options["host"] = host or options.get("host", "127.0.0.1")
     options["port"] = options.get("port", 8000) if port is None else port
     own = address is None
-    # Whoever binds the address knows best who reaches it; at an address it is as its configuration says.
-    app = config.app.listening_on(options["host"]) if own else config.app
     http = http and config.proxy_location != "Disabled"
     if http and own:
         _check_port_free(options["host"], options["port"])
@@ -121,7 +120,7 @@ def running(
 
     _start_ray(address)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process: it says what it starts
-    deployed_at: float | None = None
+    deploying, there_before, deployed_at = False, None, None
     try:
         _check_room(bookings(deployment_options(config.app, config.deployments).values()), own, tell)
         if not own and APP_NAME in _applications() and not replace:
@@ -129,7 +128,7 @@ def running(
                 f"{address}: an application {APP_NAME!r} is there already; --replace puts this one in its place"
             )
         target = serve.RunTarget(
-            build_graph(app, config.deployments),
+            build_graph(config.app, config.deployments),
             name=APP_NAME,
             route_prefix=config.route_prefix,
             logging_config=config.logging_config,
@@ -138,24 +137,29 @@ def running(
             serve.start(
                 proxy_location=config.proxy_location if http else "Disabled", http_options=options if http else None
             )
+            there_before, deploying = _deployed_at(), True
             (handle,) = serve.run_many([target], wait_for_applications_running=False)
         except Exception as error:  # Serve's, of many kinds: an option that it refuses, an actor that dies
             raise ConfigurationError(f"Serve did not start: {last_line(error)}") from error
         deployed_at = _deployed_at()
         rollout = Rollout(tell, _log() if own else "logs/serve/controller_*.log of the cluster's head")
-        wait_until_running(APP_NAME, rollout, lambda: _say_memory(rollout))
+        wait_until_running(APP_NAME, rollout, lambda: _say_memory(rollout) if own else None)
         proxies.wait_until_serving()
         url = None
         if http and own and config.route_prefix is not None:
-            url = f"http://{options['host']}:{options['port']}{config.route_prefix.rstrip('/')}"
+            url = f"http://{_in_url(options['host'])}:{options['port']}{config.route_prefix.rstrip('/')}"
         ray_address = ray.get_runtime_context().gcs_address
         joining = environment.for_other_processes(ray_address) if own else {"RAY_ADDRESS": ray_address}
         yield Running(handle, url, ray_address, joining)
     finally:
-        # The cluster and what else it serves are not ours, nor is an application that somebody has put there since.
-        if not own and deployed_at is not None and _deployed_at() == deployed_at:
-            serve.delete(APP_NAME)
-        ray.shutdown()  # a Ray of our own ends with it, replicas and all
+        try:
+            # The cluster and what else it serves are not ours, nor is an application that somebody has put there since.
+            if not own and deploying and _is_ours(_deployed_at(), there_before, deployed_at):
+                serve.delete(APP_NAME)
+        except Exception as error:
+            tell(f"{address}: the application {APP_NAME!r} may still be there: {last_line(error)}")
+        finally:
+            ray.shutdown()  # a Ray of our own ends with it, replicas and all
 
 
 def _start_ray(address: str | None) -> None:
@@ -218,6 +222,15 @@ def _applications() -> dict[str, Any]:
 def _deployed_at() -> float | None:
     application = _applications().get(APP_NAME)
     return None if application is None else float(application.last_deployed_time_s)
+
+
+def _is_ours(now: float | None, before: float | None, deployed: float | None) -> bool:
+    """By the times of deployment: now, before ours was sent, and of ours, None where that was never learnt."""
+    return now is not None and (now != before if deployed is None else now == deployed)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _log() -> str:

@@ -1,6 +1,6 @@
 """A stage's counters as Ray metrics, which Ray exports to Prometheus with `ray_` before their names.
 
-They are told with every health check of the replica (every 2 s, `health_check_period_s` in `graph.py`): a pass, of
+They are told with every health check of the replica (every 2 s, `health_check_period_s` in `build.py`): a pass, of
 which there are hundreds a second, costs nothing for it.
 """
 

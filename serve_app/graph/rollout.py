@@ -28,7 +28,7 @@ class Fault:
 
 
 def fault_in(message: str) -> Fault | None:
-    """The fault that a deployment's message tells of; None where it tells of none.
+    """The fault in a deployment's message; None where there is none.
 
     A message without "Error:" is Serve's own, of replicas that wait for a place or take long to start.
     """
@@ -66,14 +66,19 @@ class Rollout:
         self._tell = tell
         self._log = log
         self._told: dict[str, str] = {}
+        self._seen = False
 
     def running(self, application: Any) -> bool:
-        """Whether all of it is up, by its `ray.serve.schema.ApplicationStatusOverview`; None where Serve has none yet.
+        """Whether all of it is up.
 
-        Raises `ConfigurationError` where it has failed, or can't come up.
+        `application`: its `ray.serve.schema.ApplicationStatusOverview`, or None where Serve has none. Raises
+        `ConfigurationError` where it has failed or can't come up, or was deleted after it was there.
         """
-        if application is None:
+        if application is None or application.status == "DELETING":
+            if self._seen:
+                raise ConfigurationError("the application was deleted while it started")
             return False
+        self._seen = True
         faults: Mapping[str, Fault | None] = {
             name: fault_in(deployment.message or "") for name, deployment in application.deployments.items()
         }

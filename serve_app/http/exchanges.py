@@ -1,12 +1,20 @@
-"""The HTTP exchanges under way: a service that shuts down waits until those that it had have ended. Pure ASGI."""
+"""The exchanges under way: a service that shuts down waits until those that it had have ended. Pure ASGI."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.runtime.admission import ARRIVED_IN_TIME
 
 
 class Exchanges:
-    """Counts requests from their first byte to the last of their answer."""
+    """Counts requests from their first byte to the last of their answer, over HTTP and by handle.
+
+    Those that began before the drain are taken in (`ARRIVED_IN_TIME`), though their bodies may still be on the way.
+    """
 
     def __init__(self) -> None:
         self._under_way: set[object] = set()
@@ -21,15 +29,19 @@ class Exchanges:
             self._left = set(self._under_way)
         return len(self._left)
 
-    def begin(self) -> object:
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """One exchange, until the block ends."""
         one = object()
         self._under_way.add(one)
-        return one
-
-    def end(self, one: object) -> None:
-        self._under_way.discard(one)
-        if self._left is not None:
-            self._left.discard(one)
+        # Never reset: a generator may end in another context, and each exchange sets its own before it is taken in.
+        ARRIVED_IN_TIME.set(self._left is None)
+        try:
+            yield
+        finally:
+            self._under_way.discard(one)
+            if self._left is not None:
+                self._left.discard(one)
 
 
 class CountExchanges:
@@ -43,8 +55,5 @@ class CountExchanges:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        one = self._exchanges.begin()
-        try:
+        with self._exchanges.one():
             await self._app(scope, receive, send)
-        finally:
-            self._exchanges.end(one)

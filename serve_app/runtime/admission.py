@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from serve_app.request.errors import Draining, InvalidRequest, Overloaded
 
@@ -13,6 +14,9 @@ _WINDOW_S = 60.0
 _UNKNOWN_RATE_RETRY_S = 5.0
 _DRAINING_RETRY_S = 5.0  # until another replica or service is there
 _READING_RETRY_S = 1.0
+
+# Whether what the current task works for had arrived before the service began to drain: then it is taken in still.
+ARRIVED_IN_TIME: ContextVar[bool] = ContextVar("arrived_in_time", default=False)
 
 
 class Admission:
@@ -27,19 +31,19 @@ class Admission:
         self.max_images = max_images
         self.in_flight = 0
         self._cost = 0.0  # of what is in flight
-        self.draining = False  # the service ends: what is under way is finished, nothing new is taken in
+        self.draining = False  # the service ends: what has arrived is finished, nothing new is taken in
         self._clock = clock
         self._left: deque[tuple[float, float, float]] = deque()  # when, at what cost, and the time it took
         self._working_since = 0.0  # the last departure, or the end of an idle time
         self._worked_s = 0.0  # since the last departure, before an idle time
 
     def drain(self) -> None:
-        """Takes in nothing any more. What is in flight goes on."""
+        """Takes in nothing any more but what has arrived (`ARRIVED_IN_TIME`). What is in flight goes on."""
         self.draining = True
 
     def check_open(self) -> None:
-        """Raises `Draining` where nothing new is taken in."""
-        if self.draining:
+        """Raises `Draining` where nothing is taken in any more, but for what has arrived in time."""
+        if self.draining and not ARRIVED_IN_TIME.get():
             raise Draining("the service is shutting down; send the request again", retry_after_s=_DRAINING_RETRY_S)
 
     @contextmanager

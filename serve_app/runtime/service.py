@@ -65,7 +65,7 @@ class ImageService:
         return self.admission.draining
 
     def drain(self) -> None:
-        """From now on new requests are refused (`Draining`); those under way are finished."""
+        """From now on new requests are refused (`Draining`); those that have arrived are finished."""
         self.admission.drain()
 
     def check(self, request: ImageRequest) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.graph.environment import LOOPBACK, TOKEN, TOKEN_PATH, check_surroundings, for_other_processes
+from serve_app.graph.environment import (
+    AUTH_MODE,
+    LOOPBACK,
+    TOKEN,
+    TOKEN_PATH,
+    check_surroundings,
+    for_other_processes,
+    set_for_own_ray,
+)
 from serve_app.request.errors import ConfigurationError
 
 
@@ -39,7 +47,35 @@ def test_the_token_is_this_process_s_own_and_its_user_s_alone() -> None:
 
 def test_a_token_of_the_environment_is_used() -> None:
     assert run(SET, RAY_AUTH_TOKEN="a" * 64).stdout.split() == ["None", "None"]
-    assert run(SET, RAY_AUTH_TOKEN_PATH="/a/token").stdout.split() == ["None", "/a/token"]
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write("b" * 64)
+        file.flush()
+        assert run(SET, RAY_AUTH_TOKEN_PATH=file.name).stdout.split() == ["None", file.name]
+
+
+def test_empty_variables_name_no_token() -> None:
+    look = "; print(TOKEN in os.environ, os.path.getsize(os.environ[TOKEN_PATH]))"
+    *_, seen = run(SET + look, RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH="").stdout.splitlines()
+    assert seen == "False 64"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file or directory"), (b" \n", "no token is in it"), (b"\xff\xfe", "not text")],
+)
+def test_a_token_file_that_an_ended_service_left_behind(
+    content: bytes | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.delenv(TOKEN, raising=False)
+    monkeypatch.setenv(TOKEN_PATH, str(path))
+    monkeypatch.setenv(AUTH_MODE, "token")
+    with pytest.raises(ConfigurationError, match=f"^RAY_AUTH_TOKEN_PATH: {path}: {reason}; unset it for a new token$"):
+        set_for_own_ray()
+    monkeypatch.setenv(TOKEN, "t" * 64)  # Ray reads that first
+    assert set_for_own_ray() is None
 
 
 def test_to_do_without_a_token_is_said() -> None:

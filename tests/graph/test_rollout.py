@@ -97,3 +97,12 @@ def test_serve_s_messages_are_passed_on_as_they_change() -> None:
         assert not rollout.running(application(text))
     assert told == [f"VaeDecoder: {SLOW}", f"VaeDecoder: {SLOW.replace('1 replicas', '2 replicas')}"]
     assert rollout.running(application("", ApplicationStatus.RUNNING))
+
+
+@pytest.mark.parametrize("gone", [None, application("", ApplicationStatus.DELETING)])
+def test_an_application_that_goes_meanwhile_ends_it(gone: ApplicationStatusOverview | None) -> None:
+    rollout = Rollout(lambda line: None, "")
+    assert not rollout.running(gone), "one of before may be on its way out"
+    assert not rollout.running(application(""))
+    with pytest.raises(ConfigurationError, match=r"^the application was deleted while it started$"):
+        rollout.running(gone)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from contextvars import copy_context
+
 import pytest
 
 from serve_app.request.errors import Draining, InvalidRequest, Overloaded
-from serve_app.runtime.admission import Admission
+from serve_app.runtime.admission import ARRIVED_IN_TIME, Admission
 
 
 class Clock:
@@ -66,6 +68,21 @@ def test_a_service_that_drains_takes_in_nothing_and_ends_what_it_has() -> None:
     assert admission.in_flight == 0
     with pytest.raises(Draining), admission.hold(1):
         pass
+
+
+def test_a_service_that_drains_takes_in_what_had_arrived() -> None:
+    admission = Admission(4, Clock())
+    admission.drain()
+
+    def arrived(in_time: bool) -> None:
+        ARRIVED_IN_TIME.set(in_time)
+        with admission.hold(4):
+            assert admission.in_flight == 4
+
+    copy_context().run(arrived, True)
+    with pytest.raises(Draining):
+        copy_context().run(arrived, False)
+    assert admission.in_flight == 0
 
 
 def test_what_does_not_fit_is_refused_and_not_counted() -> None:

@@ -26,7 +26,7 @@ _TAG = "AUTOMATIC1111"
 def add_routes(app: FastAPI, service: ImageService) -> None:
     """`POST /sdapi/v1/txt2img` and what webui's clients call around it."""
     limits, names, facts = service.config.limits, service.config.model_names, service.facts
-    bodies = Bodies(service.config.http.loopback)
+    bodies = Bodies(service.config.http.loopback is True)
 
     async def drawn(body: Body, request_id: str) -> list[ImageResult]:
         with bodies.under_way(body):
