@@ -58,6 +58,7 @@ chromium:
 	    echo 'no Chromium, and none can be installed here: the tests of the page will fail' >&2; \
 	fi
 
+# loadgroup hands out one test at a time, in their order.
 test: $(VENV)/.installed-test chromium
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

@@ -31,22 +31,14 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a Ray comes first: it takes longest.
+    """What needs a Ray comes first: it takes longest. Each process of `pytest -n` starts its own, once.
 
-    It is marked as one group for `--dist loadgroup`, which pytest-xdist 3.8 can't tell under pytest 9.2 (it writes the
-    group to an attribute that pytest no longer reads), so either process may start a Ray.
-    Every test has an id of its own: of tests with one id, pytest-xdist runs one and says nothing of the rest. Under
-    pytest 9.2, Schemathesis gives all operations of a test the same id, though each has its own name.
+    Every test has an id of its own: of tests with one id, pytest-xdist runs one and says nothing of the rest.
     """
-    for item in items:
-        if hasattr(item, "operation_label") and item.parent is not None:
-            item._id = item.parent.id.child(item.name)
-        if "graph" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
     shared = [node_id for node_id, count in Counter(item.nodeid for item in items).items() if count > 1]
     if shared:
         raise pytest.UsageError(f"tests that share an id, so that only one of each would run: {', '.join(shared)}")
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    items.sort(key=lambda item: not ("graph" in getattr(item, "fixturenames", ()) or item.get_closest_marker("ray")))
 
 
 @pytest.fixture(scope="session")
